@@ -1,0 +1,1 @@
+#include "stage/contract/layer_plan.h"

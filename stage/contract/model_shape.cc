@@ -1,0 +1,1 @@
+#include "stage/contract/model_shape.h"
