@@ -1,0 +1,63 @@
+# One command each, on a fresh Debian 12 machine with git, make and python3 (as root, for the first installation):
+#   make run     installs what is missing, builds, starts the pipeline of docs/examples/digits.yaml, asks it about a picture
+#   make test    the same, and runs every test tier
+MAKEFLAGS += --no-print-directory
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+JOBS ?= $(shell nproc)
+PRESET ?= release
+MANIFEST ?= docs/examples/digits.yaml
+PICTURE ?= $(firstword $(wildcard docs/examples/digits/*.png))
+QUESTION ?= Which digit is this?
+CTEST_ARGS ?=
+
+SITE = $$(cmake/deps.sh env | sed -n 's/^TORCH_SITE=//p')
+ORACLE = $$(cmake/deps.sh env | sed -n 's/^ORACLE_PYTHON=//p')
+configure = cmake --preset $(1) -DTORCH_SITE="$(SITE)" -DORACLE_PYTHON="$(ORACLE)" >build/$(1).log 2>&1 || { cat build/$(1).log; exit 1; }
+
+.PHONY: help deps deps-test build run test build-sanitized build-fuzz bench format clean
+help:  ## this text
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+deps:
+	@mkdir -p build
+	@cmake/deps.sh apt rust dev
+
+build: deps  ## compile everything (build/bin holds qwen-head, qwen-stage, qwenctl)
+	@echo "[build] configuring"
+	@$(call configure,$(PRESET))
+	@echo "[build] compiling with $(JOBS) jobs"
+	@cmake --build --preset $(PRESET) -j $(JOBS)
+
+run: build  ## start the demo pipeline (1 head + 4 stages on the CPU) and ask it about a handwritten digit
+	@build/bin/qwenctl run -f $(MANIFEST) --ask "$(QUESTION)" --image $(PICTURE)
+
+deps-test: deps
+	@cmake/deps.sh full oracle
+
+build-sanitized: deps
+	@echo "[build] head, engine and transport under ThreadSanitizer"
+	@$(call configure,tsan)
+	@cmake --build --preset tsan -j $(JOBS)
+	@echo "[build] the torch-free rooms under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@$(call configure,asan)
+	@cmake --build --preset asan -j $(JOBS)
+
+build-fuzz: deps
+	@echo "[build] fuzz targets (clang, libFuzzer, ASan, UBSan)"
+	@$(call configure,fuzz)
+	@cmake --build --preset fuzz -j $(JOBS)
+
+test: deps-test build build-sanitized build-fuzz  ## unit, traces, parity against transformers, end to end, fuzz, sanitizers
+	@ctest --test-dir build --output-on-failure -j $(JOBS) $(CTEST_ARGS)
+
+bench: build  ## concurrency sweep of the demo pipeline: docs/benchmarks/cpu.json
+	@tests/bench/run
+
+format:  ## clang-format in place
+	@git ls-files '*.cc' '*.h' '*.cu' '*.cuh' | xargs clang-format -i
+
+clean:  ## remove what was built (installed dependencies stay in the cache: cmake/deps.sh env)
+	@rm -rf build
