@@ -40,7 +40,7 @@ struct Entry {
   std::string slot;
   std::vector<int64_t> shape;         // as stage/ holds it (weight_map.h)
   std::vector<int64_t> stored_shape;  // == shape, or its last two axes swapped when transform says so
-  StoredDtype dtype = StoredDtype::kBFloat16;  // kBFloat16, kFloat32, kFloat16 or (with a "_scale_inv" entry) kFloat8E4M3
+  StoredDtype dtype = StoredDtype::kBFloat16;  // kBFloat16, kFloat32 or (with a "_scale_inv" entry) kFloat8E4M3
   Transform transform = Transform::kNone;
   int64_t bytes = 0;                  // of all pieces
   std::vector<Piece> pieces;
@@ -58,7 +58,7 @@ struct Report {
   Status ToStatus() const;
 };
 
-struct StageWeights {
+struct StageTensors {
   std::vector<Entry> entries;  // in load order
   Report report;
   const Entry* Find(std::string_view slot) const;  // null when there is none
@@ -79,7 +79,7 @@ class Checkpoint {
 
   // Finds every tensor of the stage. Opens only the files that hold one of them (so `unexpected` is judged by name). A
   // Status is a file that cannot be read; what does not fit is in the report, which the caller turns into its exit.
-  Result<StageWeights> ResolveStage(const contract::ModelShape& shape, const StageSpec& spec);
+  Result<StageTensors> ResolveStage(const contract::ModelShape& shape, const StageSpec& spec);
 
   // All of an entry, in stored order. REQUIRES: out.size() == entry.bytes.
   Status Read(const Entry& entry, std::span<std::byte> out) const;
@@ -95,7 +95,7 @@ class Checkpoint {
   };
   static constexpr int64_t kReadChunkBytes = 64 << 20;
   // Reads entries one after another, each with `threads` readers; memory beyond the caller's: none.
-  Status ReadAll(const StageWeights& weights, const ReadAllOptions& options) const;
+  Status ReadAll(const StageTensors& weights, const ReadAllOptions& options) const;
 
   // Compares a stage export's files with the sha256 of its manifest, tensor by tensor. kDataLoss names the tensor;
   // kFailedPrecondition when this is no stage export.
