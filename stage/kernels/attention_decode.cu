@@ -1,0 +1,250 @@
+#include <cooperative_groups.h>
+
+#include <cfloat>
+
+#include "stage/kernels/attention_decode.h"
+#include "stage/kernels/common/launch.cuh"
+#include "stage/kernels/common/limits.h"
+#include "stage/kernels/common/ptx.cuh"
+#include "stage/kernels/common/reduce.cuh"
+
+namespace qwen::kernels {
+namespace {
+
+namespace cg = cooperative_groups;
+
+constexpr int kWarps = 4;
+constexpr int kStages = 3;            // tiles in flight per warp
+constexpr int kTileTokens = 16;       // one tile: 16 tokens of K and of V
+constexpr int kRows = 16;             // query heads of one kv head, padded
+constexpr int kHalf = kHeadDim / 2;
+constexpr int kStride = kHeadDim + 8; // bf16; 16 bytes of padding keep ldmatrix free of bank conflicts
+constexpr int kTileElements = kTileTokens * kStride;
+
+struct Shared {
+  __nv_bfloat16 q[kRows * kStride];
+  __nv_bfloat16 new_k[kHeadDim], new_v[kHeadDim];
+  union {
+    __nv_bfloat16 tiles[kWarps][kStages][2][kTileElements];  // K tile, V tile
+    float partial[kWarps][kRows][kHeadDim];
+  };
+  float warp_max[kWarps][kRows], warp_sum[kWarps][kRows];
+  float block_out[kRows][kHeadDim];
+  float block_max[kRows], block_sum[kRows];
+};
+
+// RMS-norm over one head (4 values a lane: 2*lane, 2*lane+1 and 64 later), then RoPE of halves, in the reference's roundings.
+__device__ __forceinline__ void NormRope(const __nv_bfloat16* head, const __nv_bfloat16* weight, const __nv_bfloat16* cos_sin, float eps, __nv_bfloat16* out) {
+  const int lane = threadIdx.x & 31;
+  const float2 low = UnpackBf16(*reinterpret_cast<const uint32_t*>(head + 2 * lane)), high = UnpackBf16(*reinterpret_cast<const uint32_t*>(head + kHalf + 2 * lane));
+  const float scale = rsqrtf(WarpSum(low.x * low.x + low.y * low.y + high.x * high.x + high.y * high.y) / kHeadDim + eps);
+  const float2 wl = UnpackBf16(*reinterpret_cast<const uint32_t*>(weight + 2 * lane)), wh = UnpackBf16(*reinterpret_cast<const uint32_t*>(weight + kHalf + 2 * lane));
+  const float2 c = UnpackBf16(*reinterpret_cast<const uint32_t*>(cos_sin + 2 * lane)), s = UnpackBf16(*reinterpret_cast<const uint32_t*>(cos_sin + kHalf + 2 * lane));
+  const float l0 = RoundBf16(RoundBf16(low.x * scale) * wl.x), l1 = RoundBf16(RoundBf16(low.y * scale) * wl.y);
+  const float h0 = RoundBf16(RoundBf16(high.x * scale) * wh.x), h1 = RoundBf16(RoundBf16(high.y * scale) * wh.y);
+  // q*cos + rotate_half(q)*sin, each product and the sum rounded to bf16.
+  *reinterpret_cast<uint32_t*>(out + 2 * lane) = PackBf16(RoundBf16(l0 * c.x) - RoundBf16(h0 * s.x), RoundBf16(l1 * c.y) - RoundBf16(h1 * s.y));
+  *reinterpret_cast<uint32_t*>(out + kHalf + 2 * lane) = PackBf16(RoundBf16(h0 * c.x) + RoundBf16(l0 * s.x), RoundBf16(h1 * c.y) + RoundBf16(l1 * s.y));
+}
+
+__global__ void __launch_bounds__(kWarps * 32) AttentionDecodeKernel(const AttentionDecodeArgs args) {
+  extern __shared__ __align__(16) unsigned char raw[];
+  Shared& sm = *reinterpret_cast<Shared*>(raw);
+  cg::cluster_group cluster = cg::this_cluster();
+  const int splits = static_cast<int>(cluster.num_blocks()), split = static_cast<int>(cluster.block_rank());
+  const int kv_head = blockIdx.y, token = blockIdx.z;
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int group = args.heads / args.kv_heads;
+  GridDependencyWait();
+  GridDependencyLaunch();
+  const int context = args.context[token], length = context + 1;
+  // Tiles of 16 tokens, dealt to (block, warp) in contiguous runs.
+  const int tiles = (length + kTileTokens - 1) / kTileTokens;
+  const int per_block = (tiles + splits - 1) / splits;
+  const int block_first = min(split * per_block, tiles), block_last = min(block_first + per_block, tiles);
+  const size_t row_stride = static_cast<size_t>(args.kv_heads) * kHeadDim;
+  const int32_t* table = args.block_table + static_cast<size_t>(token) * args.table_stride;
+
+  // A warp takes tiles block_first + warp, + kWarps, ...; its own copies, its own waits.
+  auto fetch = [&](int tile, int stage) {
+    if (tile < block_last) {
+      const int first = tile * kTileTokens;
+      const size_t base = (static_cast<size_t>(table[first / args.block_tokens]) * args.block_tokens + first % args.block_tokens) * row_stride + static_cast<size_t>(kv_head) * kHeadDim;
+#pragma unroll
+      for (int i = 0; i < kTileTokens * kHeadDim / 8 / 32; ++i) {
+        const int chunk = i * 32 + lane, r = chunk / 16, c = chunk % 16;
+        const bool valid = first + r < context;  // the new token comes from shared memory
+        CopyAsync16(&sm.tiles[warp][stage][0][r * kStride + c * 8], args.k_cache + base + r * row_stride + c * 8, valid);
+        CopyAsync16(&sm.tiles[warp][stage][1][r * kStride + c * 8], args.v_cache + base + r * row_stride + c * 8, valid);
+      }
+    }
+    CopyAsyncCommit();
+  };
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) fetch(block_first + warp + s * kWarps, s);
+
+  // Query heads of this kv head, normalised and rotated; the new key and value.
+  const __nv_bfloat16* qkv = args.qkv + static_cast<size_t>(token) * (args.heads + 2 * args.kv_heads) * kHeadDim;
+  const __nv_bfloat16* cos_sin = args.cos_sin + static_cast<size_t>(token) * kHeadDim;
+  for (int r = warp; r < kRows; r += kWarps) {
+    if (r < group) {
+      NormRope(qkv + (kv_head * group + r) * kHeadDim, args.q_norm, cos_sin, args.norm_eps, sm.q + r * kStride);
+    } else {
+      *reinterpret_cast<uint2*>(sm.q + r * kStride + lane * 4) = make_uint2(0, 0);
+    }
+  }
+  if (warp == 0) {
+    NormRope(qkv + (args.heads + kv_head) * kHeadDim, args.k_norm, cos_sin, args.norm_eps, sm.new_k);
+    *reinterpret_cast<uint2*>(sm.new_v + lane * 4) = *reinterpret_cast<const uint2*>(qkv + (args.heads + args.kv_heads + kv_head) * kHeadDim + lane * 4);
+  }
+  __syncthreads();
+  if (split == 0 && warp == 0) {
+    const size_t at = (static_cast<size_t>(table[context / args.block_tokens]) * args.block_tokens + context % args.block_tokens) * row_stride + static_cast<size_t>(kv_head) * kHeadDim;
+    *reinterpret_cast<uint2*>(args.k_cache + at + lane * 4) = *reinterpret_cast<const uint2*>(sm.new_k + lane * 4);
+    *reinterpret_cast<uint2*>(args.v_cache + at + lane * 4) = *reinterpret_cast<const uint2*>(sm.new_v + lane * 4);
+  }
+  uint32_t q[kHeadDim / 16][4];
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 16; ++i) LoadMatrix4(q[i], SharedAddress(sm.q + (lane % 16) * kStride + i * 16 + (lane / 16) * 8));
+
+  constexpr float kScaleLog2 = 0.08838834764831845f * 1.4426950408889634f;  // 128^-0.5 * log2(e)
+  float out[kHeadDim / 8][4] = {};
+  float row_max[2] = {-FLT_MAX, -FLT_MAX}, row_sum[2] = {0.0f, 0.0f};
+  int stage = 0;
+  for (int tile = block_first + warp; tile < block_last; tile += kWarps) {
+    fetch(tile + (kStages - 1) * kWarps, (stage + kStages - 1) % kStages);
+    CopyAsyncWait<kStages - 1>();
+    __syncwarp();
+    __nv_bfloat16* k_tile = sm.tiles[warp][stage][0];
+    __nv_bfloat16* v_tile = sm.tiles[warp][stage][1];
+    const int first = tile * kTileTokens;
+    if (context >= first && context < first + kTileTokens) {
+      *reinterpret_cast<uint2*>(k_tile + (context - first) * kStride + lane * 4) = *reinterpret_cast<const uint2*>(sm.new_k + lane * 4);
+      *reinterpret_cast<uint2*>(v_tile + (context - first) * kStride + lane * 4) = *reinterpret_cast<const uint2*>(sm.new_v + lane * 4);
+      __syncwarp();
+    }
+    float score[2][4] = {};
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 16; ++i) {
+      uint32_t b[4];  // tokens 0-7 k low/high, tokens 8-15 k low/high
+      LoadMatrix4(b, SharedAddress(k_tile + ((lane / 16) * 8 + lane % 8) * kStride + i * 16 + ((lane / 8) % 2) * 8));
+      Mma16816(score[0], q[i][0], q[i][1], q[i][2], q[i][3], b[0], b[1]);
+      Mma16816(score[1], q[i][0], q[i][1], q[i][2], q[i][3], b[2], b[3]);
+    }
+    float tile_max[2] = {-FLT_MAX, -FLT_MAX};
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const bool in = first + n * 8 + 2 * t + (j & 1) < length;
+        score[n][j] = in ? score[n][j] * kScaleLog2 : -FLT_MAX;
+        tile_max[j >> 1] = fmaxf(tile_max[j >> 1], score[n][j]);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      tile_max[r] = fmaxf(tile_max[r], __shfl_xor_sync(0xffffffffu, tile_max[r], 1));
+      tile_max[r] = fmaxf(tile_max[r], __shfl_xor_sync(0xffffffffu, tile_max[r], 2));
+      const float now = fmaxf(row_max[r], tile_max[r]);
+      const float shrink = exp2f(row_max[r] - now);
+      row_max[r] = now;
+      row_sum[r] *= shrink;
+#pragma unroll
+      for (int d = 0; d < kHeadDim / 8; ++d) {
+        out[d][2 * r] *= shrink;
+        out[d][2 * r + 1] *= shrink;
+      }
+    }
+    uint32_t p[4];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      float e[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        e[j] = exp2f(score[n][j] - row_max[j >> 1]);
+        row_sum[j >> 1] += e[j];
+      }
+      p[2 * n] = PackBf16(e[0], e[1]);
+      p[2 * n + 1] = PackBf16(e[2], e[3]);
+    }
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) {
+      uint32_t b[4];  // dims 0-7: tokens low/high; dims 8-15: tokens low/high
+      LoadMatrix4Transposed(b, SharedAddress(v_tile + (lane % 16) * kStride + d * 16 + (lane / 16) * 8));
+      Mma16816(out[2 * d], p[0], p[1], p[2], p[3], b[0], b[1]);
+      Mma16816(out[2 * d + 1], p[0], p[1], p[2], p[3], b[2], b[3]);
+    }
+    __syncwarp();
+    stage = (stage + 1) % kStages;
+  }
+  CopyAsyncWait<0>();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    row_sum[r] += __shfl_xor_sync(0xffffffffu, row_sum[r], 1);
+    row_sum[r] += __shfl_xor_sync(0xffffffffu, row_sum[r], 2);
+  }
+  __syncthreads();  // every warp is done with its tiles: `partial` lies over them
+#pragma unroll
+  for (int d = 0; d < kHeadDim / 8; ++d) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sm.partial[warp][g + 8 * (j >> 1)][d * 8 + 2 * t + (j & 1)] = out[d][j];
+  }
+  if (t == 0) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sm.warp_max[warp][g + 8 * r] = row_max[r];
+      sm.warp_sum[warp][g + 8 * r] = row_sum[r];
+    }
+  }
+  __syncthreads();
+  // Warps of this block, then blocks of the cluster, always in rank order.
+  for (int i = threadIdx.x; i < kRows * kHeadDim; i += blockDim.x) {
+    const int r = i / kHeadDim, d = i % kHeadDim;
+    float top = -FLT_MAX, sum = 0.0f, value = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, sm.warp_max[w][r]);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float scale = exp2f(sm.warp_max[w][r] - top);
+      sum += scale * sm.warp_sum[w][r];
+      value += scale * sm.partial[w][r][d];
+    }
+    sm.block_out[r][d] = value;
+    if (d == 0) {
+      sm.block_max[r] = top;
+      sm.block_sum[r] = sum;
+    }
+  }
+  cluster.sync();
+  const int share = kRows * kHeadDim / splits;
+  for (int i = split * share + threadIdx.x; i < (split + 1) * share; i += blockDim.x) {
+    const int r = i / kHeadDim, d = i % kHeadDim;
+    if (r >= group) continue;
+    float top = -FLT_MAX;
+    for (int s = 0; s < splits; ++s) top = fmaxf(top, *cluster.map_shared_rank(&sm.block_max[r], s));
+    float sum = 0.0f, value = 0.0f;
+    for (int s = 0; s < splits; ++s) {
+      const float scale = exp2f(*cluster.map_shared_rank(&sm.block_max[r], s) - top);
+      sum += scale * *cluster.map_shared_rank(&sm.block_sum[r], s);
+      value += scale * *cluster.map_shared_rank(&sm.block_out[r][d], s);
+    }
+    args.out[(static_cast<size_t>(token) * args.heads + kv_head * group + r) * kHeadDim + d] = __float2bfloat16_rn(value / sum);
+  }
+  cluster.sync();  // nobody leaves while others read its shared memory
+}
+
+}  // namespace
+
+cudaError_t AttentionDecode(const AttentionDecodeArgs& args, cudaStream_t stream) {
+  if (args.tokens < 1 || args.kv_heads < 1 || args.heads % args.kv_heads != 0 || args.heads / args.kv_heads > kRows || args.block_tokens % kTileTokens != 0) return cudaErrorInvalidValue;
+  int splits = args.splits;
+  if (splits == 0) {  // about two blocks for each of 132 multiprocessors
+    splits = 1;
+    while (splits < 16 && args.tokens * args.kv_heads * splits < 200) splits *= 2;
+  }
+  if (splits != 1 && splits != 2 && splits != 4 && splits != 8 && splits != 16) return cudaErrorInvalidValue;
+  const LaunchShape shape = {.grid = dim3(splits, args.kv_heads, args.tokens), .block = dim3(kWarps * 32), .shared_bytes = sizeof(Shared), .cluster_x = splits};
+  return Launch(AttentionDecodeKernel, shape, stream, args);
+}
+
+}  // namespace qwen::kernels

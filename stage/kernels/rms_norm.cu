@@ -1,0 +1,58 @@
+#include "stage/kernels/common/launch.cuh"
+#include "stage/kernels/common/ptx.cuh"
+#include "stage/kernels/common/reduce.cuh"
+#include "stage/kernels/rms_norm.h"
+
+namespace qwen::kernels {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kVectorsMax = 8;  // 16-byte vectors a thread keeps in registers: hidden <= 8 * 256 * 8
+
+__global__ void __launch_bounds__(kWarps * 32) RmsNormKernel(const RmsNormArgs args) {
+  __shared__ float scratch[kWarps];
+  GridDependencyWait();
+  GridDependencyLaunch();
+  const int vectors = args.hidden / 8;
+  const uint4* from = reinterpret_cast<const uint4*>(args.x + static_cast<size_t>(blockIdx.x) * args.hidden);
+  uint4* to = reinterpret_cast<uint4*>(args.y + static_cast<size_t>(blockIdx.x) * args.hidden);
+  uint4 kept[kVectorsMax];
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kVectorsMax; ++i) {
+    const int v = i * kWarps * 32 + threadIdx.x;
+    if (v >= vectors) continue;
+    kept[i] = LoadActivation(from + v);
+    const uint32_t words[4] = {kept[i].x, kept[i].y, kept[i].z, kept[i].w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 f = UnpackBf16(words[j]);
+      sum += f.x * f.x + f.y * f.y;
+    }
+  }
+  const float scale = rsqrtf(BlockSum<kWarps>(sum, scratch) / args.hidden + args.eps);
+#pragma unroll
+  for (int i = 0; i < kVectorsMax; ++i) {
+    const int v = i * kWarps * 32 + threadIdx.x;
+    if (v >= vectors) continue;
+    const uint4 weight = __ldg(reinterpret_cast<const uint4*>(args.weight) + v);
+    const uint32_t words[4] = {kept[i].x, kept[i].y, kept[i].z, kept[i].w};
+    const uint32_t weights[4] = {weight.x, weight.y, weight.z, weight.w};
+    uint32_t result[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 f = UnpackBf16(words[j]), w = UnpackBf16(weights[j]);
+      result[j] = PackBf16(RoundBf16(f.x * scale) * w.x, RoundBf16(f.y * scale) * w.y);
+    }
+    to[v] = make_uint4(result[0], result[1], result[2], result[3]);
+  }
+}
+
+}  // namespace
+
+cudaError_t RmsNorm(const RmsNormArgs& args, cudaStream_t stream) {
+  if (args.tokens < 1 || args.hidden < 8 || args.hidden % 8 != 0 || args.hidden > kVectorsMax * kWarps * 32 * 8) return cudaErrorInvalidValue;
+  return Launch(RmsNormKernel, {.grid = dim3(args.tokens), .block = dim3(kWarps * 32)}, stream, args);
+}
+
+}  // namespace qwen::kernels
