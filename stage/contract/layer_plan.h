@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "stage/base/status.h"
@@ -19,15 +20,17 @@ std::string ToString(const LayerRange& range);            // "0:24"
 Result<LayerRange> ParseLayerRange(std::string_view text);  // "0:24"
 
 enum class BalancePolicy {
-  kTime,       // default: equal estimated decode-step time; ViT + embedding count on stage 0, norm + lm_head on the last
+  kTime,       // default: equal bytes read by a decode step of 8 tokens; ViT counts on stage 0, lm_head on the last
   kEvenLayers  // the first L mod S stages get one more
 };
-// REQUIRES (else kInvalidArgument): 1 <= stages <= shape.layers.
+// REQUIRES (else kInvalidArgument): 1 <= stages <= shape.layers, and what ValidateLayers asks for can be met.
 Result<std::vector<LayerRange>> PlanLayers(const ModelShape& shape, int32_t stages, BalancePolicy policy);
-// Contiguous, ascending, covering [0, layers), none empty; else kInvalidArgument saying which stage is wrong.
+// Contiguous, ascending, covering [0, layers), none empty, and the first deepstack_count() layers on stage 0 (the features
+// of the vision tower are added after them and do not travel); else kInvalidArgument saying which stage is wrong.
 Status ValidateLayers(const ModelShape& shape, const std::vector<LayerRange>& ranges);
 
-// Exact bytes of the tensors that a stage loads, in the dtype given (the checkpoint's own when not given).
+// Exact bytes of the tensors that a stage loads, in the dtype given. kFloat8E4M3: linear weights of the layers in FP8 with bf16
+// block scales, everything else in bf16.
 struct StageWeights {
   int64_t layer_bytes = 0, embedding_bytes = 0, vision_bytes = 0, head_bytes = 0;
   int64_t total() const { return layer_bytes + embedding_bytes + vision_bytes + head_bytes; }

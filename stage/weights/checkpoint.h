@@ -90,7 +90,8 @@ class Checkpoint {
     // Memory for an entry's stored bytes (exactly entry.bytes), valid until `placed` was called for it. Not for aliases.
     std::function<Result<std::span<std::byte>>(const Entry&)> place;
     std::function<Status(const Entry&)> placed;  // the bytes are there; may be empty
-    std::function<void(int64_t bytes_done, int64_t bytes_total)> progress;  // every kReadChunkBytes; may be empty
+    // After every kReadChunkBytes, from the readers' threads but one call at a time; may be empty.
+    std::function<void(int64_t bytes_done, int64_t bytes_total)> progress;
     int32_t threads = 4;  // readers of one entry: one NVMe or page-cache stream gives about 2 GB/s, four about 6
   };
   static constexpr int64_t kReadChunkBytes = 64 << 20;
@@ -110,6 +111,13 @@ class Checkpoint {
   };
   explicit Checkpoint(std::string dir) : dir_(std::move(dir)) {}
   Result<const SafetensorsFile*> File(const std::string& name);
+  Status ReadManifest();
+  Result<TensorInfo> Info(const std::string& key);  // REQUIRES: key_to_file_ has it
+  bool Has(const std::string& key) const { return key_to_file_.count(key) > 0; }
+  const Source* Choose(const Slot& slot) const;     // null when not one key of any source is there
+  Status Resolve(const contract::ModelShape& shape, const Slot& slot, StageTensors& out);
+  Status ResolveScale(const contract::ModelShape& shape, const Slot& slot, const Source& source, Transform transform, StageTensors& out);
+  void FindUnexpected(const contract::ModelShape& shape, Report& report) const;
 
   std::string dir_;
   std::map<std::string, std::string> key_to_file_;

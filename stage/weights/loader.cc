@@ -1,0 +1,103 @@
+#include "stage/weights/loader.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
+
+#include <optional>
+
+namespace qwen::weights {
+namespace {
+
+std::optional<at::ScalarType> ToScalarType(StoredDtype dtype) {
+  switch (dtype) {
+    case StoredDtype::kFloat32: return at::kFloat;
+    case StoredDtype::kBFloat16: return at::kBFloat16;
+    case StoredDtype::kFloat8E4M3: return at::kFloat8_e4m3fn;
+    default: return std::nullopt;
+  }
+}
+
+// weight (..., R, C) fp8 times its block's scale (..., ceil(R/rows), ceil(C/columns)), multiplied in float32.
+at::Tensor Dequantize(const at::Tensor& weight, const at::Tensor& scale, const contract::QuantizationShape& block) {
+  const int64_t rows = weight.size(-2), columns = weight.size(-1);
+  const at::Tensor wide = scale.to(at::kFloat)
+                              .repeat_interleave(block.block_rows, -2)
+                              .narrow(-2, 0, rows)
+                              .repeat_interleave(block.block_columns, -1)
+                              .narrow(-1, 0, columns);
+  return weight.to(at::kFloat) * wide;
+}
+
+class Loading {
+ public:
+  Loading(const contract::ModelShape& shape, const LoadOptions& options) : shape_(shape), options_(options) {}
+
+  Result<std::span<std::byte>> Place(const Entry& entry) {
+    const std::optional<at::ScalarType> dtype = ToScalarType(entry.dtype);
+    if (!dtype) {
+      return DataLossError("tensor " + entry.slot + ": dtype " + std::string(StoredDtypeName(entry.dtype)) + " not supported");
+    }
+    staging_ = at::empty(entry.stored_shape, at::TensorOptions().dtype(*dtype));
+    return std::span(static_cast<std::byte*>(staging_.mutable_data_ptr()), static_cast<size_t>(staging_.nbytes()));
+  }
+
+  Status Placed(const Entry& entry) {
+    at::Tensor tensor = std::move(staging_);
+    // FP8 waits for its scale; scales stay in float32.
+    const bool quantized = entry.dtype == StoredDtype::kFloat8E4M3;
+    const bool scale = entry.slot.ends_with("_scale_inv");
+    tensor = tensor.to(options_.device);
+    if (!quantized) tensor = tensor.to(scale ? at::kFloat : options_.dtype);
+    if (entry.transform == Transform::kTransposeLastTwo) tensor = tensor.transpose(-1, -2);
+    tensors_[entry.slot] = tensor.contiguous();
+    return OkStatus();
+  }
+
+  // Multiplies FP8 weights out and gives aliases their tensor.
+  Result<TensorMap> Finish(const StageTensors& found) {
+    for (const Entry& entry : found.entries) {
+      if (entry.dtype != StoredDtype::kFloat8E4M3) continue;
+      const auto scale = tensors_.find(entry.slot + "_scale_inv");
+      if (scale == tensors_.end() || !shape_.quantization) {
+        return DataLossError("tensor " + entry.slot + ": float8 without a scale or without quantization_config");
+      }
+      at::Tensor& weight = tensors_[entry.slot];
+      weight = Dequantize(weight, scale->second, *shape_.quantization).to(options_.dtype);
+      tensors_.erase(scale);
+    }
+    for (const Entry& entry : found.entries) {
+      if (!entry.alias_of.empty()) tensors_[entry.slot] = tensors_.at(entry.alias_of);
+    }
+    return std::move(tensors_);
+  }
+
+ private:
+  const contract::ModelShape& shape_;
+  const LoadOptions& options_;
+  at::Tensor staging_;  // of the entry being read
+  TensorMap tensors_;
+};
+
+}  // namespace
+
+Result<TensorMap> LoadTensors(Checkpoint& checkpoint, const contract::ModelShape& shape, const LoadOptions& options) {
+  c10::InferenceMode inference;
+  ASSIGN_OR_RETURN(const StageTensors found, checkpoint.ResolveStage(shape, options.spec));
+  RETURN_IF_ERROR(found.report.ToStatus());
+  try {
+    Loading loading(shape, options);
+    Checkpoint::ReadAllOptions read;
+    read.place = [&](const Entry& entry) { return loading.Place(entry); };
+    read.placed = [&](const Entry& entry) { return loading.Placed(entry); };
+    read.progress = options.progress;
+    read.threads = options.threads;
+    RETURN_IF_ERROR(checkpoint.ReadAll(found, read));
+    return loading.Finish(found);
+  } catch (const c10::OutOfMemoryError& error) {
+    return ResourceExhaustedError(std::string("weights do not fit: ") + error.what_without_backtrace());
+  } catch (const c10::Error& error) {
+    return InternalError(std::string("loading weights: ") + error.what_without_backtrace());
+  }
+}
+
+}  // namespace qwen::weights

@@ -1,0 +1,31 @@
+// stage/weights/loader.h — the tensors of one stage, in memory on its device: what checkpoint.h finds, as at::Tensor.
+// The only file of this room that knows LibTorch (target qp_loader).
+//
+// Both expert layouts on disk become one (weight_map.h), tied tensors share storage, block-FP8 weights are multiplied out
+// to `dtype`. Thread safety: call from one thread.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <map>
+#include <string>
+
+#include "stage/contract/model_shape.h"
+#include "stage/weights/checkpoint.h"
+
+namespace qwen::weights {
+
+using TensorMap = std::map<std::string, at::Tensor, std::less<>>;  // by slot name (weight_map.h)
+
+struct LoadOptions {
+  StageSpec spec;
+  at::Device device = at::kCPU;
+  at::ScalarType dtype = at::kBFloat16;  // every tensor is converted to it; no conversion when stored so
+  int32_t threads = 4;
+  std::function<void(int64_t bytes_done, int64_t bytes_total)> progress;  // may be empty
+};
+// kDataLoss with tensor, expected and found shape when the checkpoint does not fit the shape; kResourceExhausted when the
+// device's memory does not suffice.
+Result<TensorMap> LoadTensors(Checkpoint& checkpoint, const contract::ModelShape& shape, const LoadOptions& options);
+
+}  // namespace qwen::weights
