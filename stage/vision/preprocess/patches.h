@@ -31,6 +31,9 @@ Result<VideoInput> MakeVideoInput(std::span<const Image> frames, std::span<const
 Result<VideoInput> MakeVideoInput(std::span<const Image> frames, std::optional<double> fps,
                                   const VideoProcessorConfig& config);
 
+// The size that Qwen3VLVideoProcessor.resize gives to each of `frames` frames, with the optional cap per frame.
+Result<Size> VideoFrameSize(int32_t frames, Size size, const VideoProcessorConfig& config);
+
 // SHA-256 (hex) of grid and patches: the key under which equal pictures share KV (engine::VisionSpan.content_hash).
 // Not of `id`.
 std::string ContentHash(const step::VisionInput& input);

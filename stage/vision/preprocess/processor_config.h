@@ -15,8 +15,7 @@ namespace qwen::preprocess {
 
 // Stage 0 turns a uint8 pixel x of channel c into (float(x) - mean[c]) / std[c], all in fp32: the fused form of
 // TorchvisionBackend.rescale_and_normalize, mean = image_mean * (1 / rescale_factor), std likewise. For the released
-// models both are 127.5. Where the JSON turns rescaling off, mean and std are the unscaled ones; without normalisation
-// they are 0 and 1 / rescale_factor.
+// models both are 127.5. With "do_rescale": false they are image_mean and image_std as they stand.
 struct PixelNormalization {
   std::array<float, 3> mean = {127.5f, 127.5f, 127.5f};
   std::array<float, 3> std = {127.5f, 127.5f, 127.5f};
@@ -49,8 +48,8 @@ struct ProcessorConfig {
   VideoProcessorConfig video;
 };
 
-// kInvalidArgument names the key that is missing, of the wrong type or not supported (resample other than bicubic,
-// patch sizes that differ between image and video, ...).
+// kInvalidArgument names the key that is of the wrong type, out of range or not supported (resample other than bicubic,
+// do_normalize false, ...). A key that is null counts as absent, as in the reference.
 Result<ImageProcessorConfig> ParseImageProcessorConfig(std::string_view json);
 Result<VideoProcessorConfig> ParseVideoProcessorConfig(std::string_view json);
 

@@ -1,6 +1,8 @@
 // stage/vision/preprocess/video_decode.h — bytes of a video file (mp4, webm, mkv, avi, ... whatever libavformat demuxes from
 // memory) -> the frames that Qwen3VLVideoProcessor samples, in RGB, equal to transformers' pyav backend.
 //
+// A file can name no other file or URL: only self-contained containers and common codecs are opened, and libav's own
+// ways to open more are shut. Frames are decoded in order up to the last sampled one, without seeking.
 // Thread safety: pure functions; libav's logging is silenced for the process at first use. One decoder thread a call.
 #pragma once
 #include <cstddef>
@@ -17,11 +19,12 @@
 namespace qwen::preprocess {
 
 struct VideoLimits {
-  int64_t max_bytes = 256 << 20;           // of the file
-  int64_t max_frame_pixels = 3840 * 2160;  // of one decoded frame
-  int64_t max_source_frames = 100'000;     // frames to decode up to the last sampled one
-  double max_duration_s = 3600.0;
-  int64_t max_sampled_pixels = 512 * 1024 * 1024;  // of all sampled frames together, 3 bytes each while they are held
+  int64_t max_bytes = 256 << 20;                   // of the file
+  int64_t max_frame_pixels = 3840 * 2160;          // of one frame
+  int64_t max_source_frames = 100'000;             // in the file
+  double max_duration_s = 3600.0;                  // frames / fps
+  int64_t max_decoded_pixels = 40'000'000'000;     // frames * width * height: the work; about 11 min of 1080p at 30 fps
+  int64_t max_sampled_pixels = 256 * 1024 * 1024;  // DecodeVideo only: of the frames it returns, 3 bytes each
 };
 
 struct SampledVideo {
@@ -38,7 +41,8 @@ Result<std::vector<int64_t>> SampleFrameIndices(int64_t total_frames, double fps
 // kInvalidArgument: not a video, broken, without frames, or over a limit.
 Result<SampledVideo> DecodeVideo(std::span<const std::byte> bytes, const VideoProcessorConfig& config,
                                  const VideoLimits& limits = {});
-// DecodeVideo, then MakeVideoInput.
+// DecodeVideo, then MakeVideoInput, but each frame is resized as it comes, so that memory stays with the pixel budget of
+// `config` and not with the size of the video.
 Result<VideoInput> MakeVideoInputFromFile(std::span<const std::byte> bytes, const VideoProcessorConfig& config,
                                           const VideoLimits& limits = {});
 
