@@ -29,8 +29,8 @@ struct Shared {
     float partial[kWarps][kRows][kHeadDim];
   };
   float warp_max[kWarps][kRows], warp_sum[kWarps][kRows];
-  float block_out[kRows][kHeadDim];
-  float block_max[kRows], block_sum[kRows];
+  float inbox[kRows * kHeadDim];  // (splits, share)
+  float inbox_max[16][kRows], inbox_sum[16][kRows];
 };
 
 // RMS-norm over one head (4 values a lane: 2*lane, 2*lane+1 and 64 later), then RoPE of halves, in the reference's roundings.
@@ -47,16 +47,19 @@ __device__ __forceinline__ void NormRope(const __nv_bfloat16* head, const __nv_b
   *reinterpret_cast<uint32_t*>(out + kHalf + 2 * lane) = PackBf16(RoundBf16(h0 * c.x) + RoundBf16(l0 * s.x), RoundBf16(h1 * c.y) + RoundBf16(l1 * s.y));
 }
 
+__device__ __forceinline__ void ClusterStartedArrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void ClusterStartedWait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
 __global__ void __launch_bounds__(kWarps * 32) AttentionDecodeKernel(const AttentionDecodeArgs args) {
   extern __shared__ __align__(16) unsigned char raw[];
   Shared& sm = *reinterpret_cast<Shared*>(raw);
-  cg::cluster_group cluster = cg::this_cluster();
+  const cg::cluster_group cluster = cg::this_cluster();
   const int splits = static_cast<int>(cluster.num_blocks()), split = static_cast<int>(cluster.block_rank());
   const int kv_head = blockIdx.y, token = blockIdx.z;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int group = args.heads / args.kv_heads;
-  GridDependencyWait();
-  GridDependencyLaunch();
+  ClusterStartedArrive();
+  // Everything down to the wait reads only what was there before this step: lengths, block tables and older keys and values.
   const int context = args.context[token], length = context + 1;
   // Tiles of 16 tokens, dealt to (block, warp) in contiguous runs.
   const int tiles = (length + kTileTokens - 1) / kTileTokens;
@@ -82,6 +85,8 @@ __global__ void __launch_bounds__(kWarps * 32) AttentionDecodeKernel(const Atten
   };
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) fetch(block_first + warp + s * kWarps, s);
+  GridDependencyWait();
+  GridDependencyLaunch();
 
   // Query heads of this kv head, normalised and rotated; the new key and value.
   const __nv_bfloat16* qkv = args.qkv + static_cast<size_t>(token) * (args.heads + 2 * args.kv_heads) * kHeadDim;
@@ -197,7 +202,10 @@ __global__ void __launch_bounds__(kWarps * 32) AttentionDecodeKernel(const Atten
     }
   }
   __syncthreads();
-  // Warps of this block, then blocks of the cluster, always in rank order.
+  // Warps of this block, then blocks of the cluster, always in rank order. Each block finishes `share` elements of the output;
+  // partial results are pushed into its shared memory, so that the last phase reads only its own.
+  const int share = kRows * kHeadDim / splits;
+  ClusterStartedWait();  // nobody writes into a block that has not started
   for (int i = threadIdx.x; i < kRows * kHeadDim; i += blockDim.x) {
     const int r = i / kHeadDim, d = i % kHeadDim;
     float top = -FLT_MAX, sum = 0.0f, value = 0.0f;
@@ -209,28 +217,28 @@ __global__ void __launch_bounds__(kWarps * 32) AttentionDecodeKernel(const Atten
       sum += scale * sm.warp_sum[w][r];
       value += scale * sm.partial[w][r][d];
     }
-    sm.block_out[r][d] = value;
-    if (d == 0) {
-      sm.block_max[r] = top;
-      sm.block_sum[r] = sum;
+    // To the block that finishes this element: its slot `split`.
+    const int owner = i / share;
+    cluster.map_shared_rank(sm.inbox, owner)[split * share + i % share] = value;
+    if (d == 0 || i % share == 0) {
+      cluster.map_shared_rank(&sm.inbox_max[0][0], owner)[split * kRows + r] = top;
+      cluster.map_shared_rank(&sm.inbox_sum[0][0], owner)[split * kRows + r] = sum;
     }
   }
   cluster.sync();
-  const int share = kRows * kHeadDim / splits;
-  for (int i = split * share + threadIdx.x; i < (split + 1) * share; i += blockDim.x) {
-    const int r = i / kHeadDim, d = i % kHeadDim;
+  for (int i = threadIdx.x; i < share; i += blockDim.x) {
+    const int r = (split * share + i) / kHeadDim, d = (split * share + i) % kHeadDim;
     if (r >= group) continue;
     float top = -FLT_MAX;
-    for (int s = 0; s < splits; ++s) top = fmaxf(top, *cluster.map_shared_rank(&sm.block_max[r], s));
+    for (int s = 0; s < splits; ++s) top = fmaxf(top, sm.inbox_max[s][r]);
     float sum = 0.0f, value = 0.0f;
     for (int s = 0; s < splits; ++s) {
-      const float scale = exp2f(*cluster.map_shared_rank(&sm.block_max[r], s) - top);
-      sum += scale * *cluster.map_shared_rank(&sm.block_sum[r], s);
-      value += scale * *cluster.map_shared_rank(&sm.block_out[r][d], s);
+      const float scale = exp2f(sm.inbox_max[s][r] - top);
+      sum += scale * sm.inbox_sum[s][r];
+      value += scale * sm.inbox[s * share + i];
     }
     args.out[(static_cast<size_t>(token) * args.heads + kv_head * group + r) * kHeadDim + d] = __float2bfloat16_rn(value / sum);
   }
-  cluster.sync();  // nobody leaves while others read its shared memory
 }
 
 }  // namespace

@@ -2,9 +2,10 @@
 //
 //   x: (tokens, k) bf16, contiguous           w: (n, k) bf16, contiguous
 //   y: (tokens, n) bf16, contiguous           1 <= tokens <= kDecodeTokensMax, k % 256 == 0, n % 16 == 0,
-//       and x fits shared memory: (tokens up to 8, 16 or 32) * (k + 32) * 2 bytes <= 227 KiB, else cudaErrorInvalidConfiguration
 //   norm_weight: (k) bf16 or null: x is first RMS-normalised in the reference's rounding (docs/numerics.md): x*rsqrt in
-//       fp32, to bf16, times weight in bf16.
+//       fp32, to bf16, times weight in bf16. Every block normalises for itself, which pays for one or two tokens; for more
+//       run RmsNorm first. REQUIRES: tokens * (k + 32) * 2 bytes <= 227 KiB, else cudaErrorInvalidConfiguration.
+//   normed: (tokens, k) bf16 or null: where one block leaves the normalised x for other readers
 //   residual: (tokens, n) bf16 or null: y = bf16(residual + bf16(xW^T)); may alias y.
 //   bytes moved: 2nk + 2 tokens (k + n) (+ 2 tokens n with a residual)
 // fp32 accumulation; the order of the sum depends on k alone, so a token's result does not depend on its company.
@@ -21,6 +22,7 @@ struct DecodeLinearArgs {
   const __nv_bfloat16* w = nullptr;
   __nv_bfloat16* y = nullptr;
   const __nv_bfloat16* norm_weight = nullptr;
+  __nv_bfloat16* normed = nullptr;
   const __nv_bfloat16* residual = nullptr;
   float norm_eps = 1e-6f;
   int tokens = 0, n = 0, k = 0;

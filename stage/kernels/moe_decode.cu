@@ -9,117 +9,162 @@
 namespace qwen::kernels {
 namespace {
 
-constexpr int kRouteWarps = 16;
+constexpr int kRouteWarps = 32;
 constexpr int kAssignmentsMax = 4096;
 
-// One block. Each warp routes every kRouteWarps-th token; then the block counts, scans and lists by expert.
-__global__ void __launch_bounds__(kRouteWarps * 32) MoeRouteKernel(MoeShapeArgs shape, const __nv_bfloat16* logits, MoeRouting routing, bool normalise) {
-  __shared__ int count[kMaxExperts + 1];
-  __shared__ int16_t chosen[kAssignmentsMax];
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+// One warp: softmax in fp32 and top-k of one token; among equals the lowest expert id wins. Lane r < top_k gets rank r.
+__device__ __forceinline__ void RouteToken(const MoeShapeArgs& shape, const __nv_bfloat16* logits, bool normalise, int& expert, float& weight) {
+  constexpr int kPerLane = kMaxExperts / 32;
+  const int lane = threadIdx.x & 31;
+  float value[kPerLane];
+  float top = -FLT_MAX;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    value[i] = i * 32 + lane < shape.experts ? __bfloat162float(logits[i * 32 + lane]) : -FLT_MAX;
+    top = fmaxf(top, value[i]);
+  }
+  top = WarpMax(top);
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    value[i] = i * 32 + lane < shape.experts ? expf(value[i] - top) : -1.0f;
+    sum += fmaxf(value[i], 0.0f);
+  }
+  sum = WarpSum(sum);
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) value[i] = value[i] < 0.0f ? -1.0f : value[i] / sum;
+  float total = 0.0f;
+  expert = 0;
+  weight = 0.0f;
+  for (int rank = 0; rank < shape.top_k; ++rank) {
+    // A probability is >= 0, so its bits order as integers do: one 64-bit key of (bits, ~id) finds the maximum, lowest id first.
+    uint64_t best = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (value[i] >= 0.0f) {
+        const uint64_t key = (static_cast<uint64_t>(__float_as_uint(value[i])) << 32) | static_cast<uint32_t>(~(i * 32 + lane));
+        best = key > best ? key : best;
+      }
+    }
+    const uint32_t high = __reduce_max_sync(0xffffffffu, static_cast<uint32_t>(best >> 32));
+    const uint32_t low = __reduce_max_sync(0xffffffffu, (best >> 32) == high ? static_cast<uint32_t>(best) : 0u);
+    const int picked = static_cast<int>(~low);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      if (i * 32 + lane == picked) value[i] = -1.0f;
+    }
+    total += __uint_as_float(high);
+    if (lane == rank) {
+      expert = picked;
+      weight = __uint_as_float(high);
+    }
+  }
+  if (normalise) weight /= total;
+}
+
+// Groups the assignments by expert: count, scan, scatter. Whole block; `chosen` holds every assignment's expert.
+__device__ void GroupByExpert(const MoeShapeArgs& shape, const int16_t* chosen, const MoeRouting& routing) {
+  __shared__ int count[kMaxExperts], next[kMaxExperts];
+  __shared__ int warp_sum[kMaxExperts / 32], warp_used[kMaxExperts / 32];
+  const int assignments = shape.tokens * shape.top_k, thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+  if (thread < kMaxExperts) count[thread] = 0;
+  __syncthreads();
+  for (int a = thread; a < assignments; a += blockDim.x) atomicAdd(&count[chosen[a]], 1);
+  __syncthreads();
+  int mine = 0, sum = 0, used = 0;
+  if (thread < kMaxExperts) {
+    mine = count[thread];
+    sum = mine;
+    used = mine > 0;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset <<= 1) {  // inclusive scans over the warp
+      const int s = __shfl_up_sync(0xffffffffu, sum, offset), u = __shfl_up_sync(0xffffffffu, used, offset);
+      if (lane >= offset) {
+        sum += s;
+        used += u;
+      }
+    }
+    if (lane == 31) {
+      warp_sum[warp] = sum;
+      warp_used[warp] = used;
+    }
+  }
+  __syncthreads();
+  if (thread < kMaxExperts) {
+    int all_used = 0;
+    for (int w = 0; w < kMaxExperts / 32; ++w) {
+      if (w < warp) {
+        sum += warp_sum[w];
+        used += warp_used[w];
+      }
+      all_used += warp_used[w];
+    }
+    next[thread] = sum - mine;
+    if (mine > 0) routing.group[used - 1] = make_int4(thread, sum - mine, sum, 0);
+    if (thread < shape.experts && thread >= all_used) routing.group[thread] = make_int4(-1, 0, 0, 0);
+  }
+  __syncthreads();
+  for (int a = thread; a < assignments; a += blockDim.x) routing.order[atomicAdd(&next[chosen[a]], 1)] = a;
+}
+
+// Up to kRouteWarps tokens: route and group in one block.
+__global__ void __launch_bounds__(kRouteWarps * 32) MoeRouteSmallKernel(MoeShapeArgs shape, const __nv_bfloat16* logits, MoeRouting routing, bool normalise) {
+  __shared__ int16_t chosen[kRouteWarps * kMaxExpertsPerToken];
   GridDependencyWait();
   GridDependencyLaunch();
-  constexpr int kPerLane = kMaxExperts / 32;
-  for (int token = warp; token < shape.tokens; token += kRouteWarps) {
-    float value[kPerLane];
-    float top = -FLT_MAX;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int expert = i * 32 + lane;
-      value[i] = expert < shape.experts ? __bfloat162float(logits[static_cast<size_t>(token) * shape.experts + expert]) : -FLT_MAX;
-      top = fmaxf(top, value[i]);
-    }
-    top = WarpMax(top);
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      value[i] = i * 32 + lane < shape.experts ? expf(value[i] - top) : -1.0f;
-      sum += fmaxf(value[i], 0.0f);
-    }
-    sum = WarpSum(sum);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) value[i] = value[i] < 0.0f ? -1.0f : value[i] / sum;
-    // top_k rounds of arg-max; among equals the lowest expert id wins.
-    float picked_weight = 0.0f, total = 0.0f;
-    for (int rank = 0; rank < shape.top_k; ++rank) {
-      float best = -1.0f;
-      int best_expert = kMaxExperts;
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        if (value[i] > best) {
-          best = value[i];
-          best_expert = i * 32 + lane;
-        }
-      }
-#pragma unroll
-      for (int offset = 16; offset > 0; offset >>= 1) {
-        const float other = __shfl_xor_sync(0xffffffffu, best, offset);
-        const int other_expert = __shfl_xor_sync(0xffffffffu, best_expert, offset);
-        if (other > best || (other == best && other_expert < best_expert)) {
-          best = other;
-          best_expert = other_expert;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        if (i * 32 + lane == best_expert) value[i] = -1.0f;
-      }
-      if (lane == rank) picked_weight = best;
-      total += best;
-      if (lane == 0) {
-        routing.expert_of[token * shape.top_k + rank] = best_expert;
-        chosen[token * shape.top_k + rank] = static_cast<int16_t>(best_expert);
-      }
-    }
+  const int token = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  if (token < shape.tokens) {
+    int expert;
+    float weight;
+    RouteToken(shape, logits + static_cast<size_t>(token) * shape.experts, normalise, expert, weight);
     if (lane < shape.top_k) {
-      routing.weight_of[token * shape.top_k + lane] = __float2bfloat16_rn(normalise ? picked_weight / total : picked_weight);
+      routing.expert_of[token * shape.top_k + lane] = expert;
+      routing.weight_of[token * shape.top_k + lane] = __float2bfloat16_rn(weight);
+      chosen[token * shape.top_k + lane] = static_cast<int16_t>(expert);
     }
   }
   __syncthreads();
-  // One thread per expert walks the choices in order: stable lists without atomics. The choices are in shared memory, and
-  // all threads read the same one at a time, so this is a broadcast; 2,048 assignments take about 3 us.
-  const int assignments = shape.tokens * shape.top_k;
-  int mine = 0;
-  if (threadIdx.x < shape.experts) {
-    for (int a = 0; a < assignments; ++a) mine += chosen[a] == static_cast<int>(threadIdx.x);
-    count[threadIdx.x] = mine;
-  }
-  __syncthreads();
-  if (threadIdx.x < shape.experts) {
-    int begin = 0, index = 0;
-    for (int e = 0; e < static_cast<int>(threadIdx.x); ++e) {
-      begin += count[e];
-      index += count[e] > 0;
-    }
-    routing.begin[threadIdx.x] = begin;
-    if (threadIdx.x == shape.experts - 1) {
-      routing.begin[shape.experts] = begin + mine;
-      routing.active[0] = index + (mine > 0);
-    }
-    if (mine > 0) {
-      routing.active[1 + index] = threadIdx.x;
-      for (int a = 0; a < assignments; ++a) {
-        if (chosen[a] == static_cast<int>(threadIdx.x)) routing.order[begin++] = a;
-      }
-    }
+  GroupByExpert(shape, chosen, routing);
+}
+
+// More tokens: one warp a token over many blocks, then one block groups.
+__global__ void __launch_bounds__(128) MoeRouteTokensKernel(MoeShapeArgs shape, const __nv_bfloat16* logits, MoeRouting routing, bool normalise) {
+  GridDependencyWait();
+  GridDependencyLaunch();
+  const int token = blockIdx.x * 4 + (threadIdx.x >> 5), lane = threadIdx.x & 31;
+  if (token >= shape.tokens) return;
+  int expert;
+  float weight;
+  RouteToken(shape, logits + static_cast<size_t>(token) * shape.experts, normalise, expert, weight);
+  if (lane < shape.top_k) {
+    routing.expert_of[token * shape.top_k + lane] = expert;
+    routing.weight_of[token * shape.top_k + lane] = __float2bfloat16_rn(weight);
   }
 }
 
+__global__ void __launch_bounds__(1024) MoeGroupKernel(MoeShapeArgs shape, MoeRouting routing) {
+  __shared__ int16_t chosen[kAssignmentsMax];
+  GridDependencyWait();
+  GridDependencyLaunch();
+  for (int a = threadIdx.x; a < shape.tokens * shape.top_k; a += blockDim.x) chosen[a] = static_cast<int16_t>(routing.expert_of[a]);
+  __syncthreads();
+  GroupByExpert(shape, chosen, routing);
+}
+
 constexpr int kWarps = 8;
-constexpr int kGateUpUnroll = 2;  // 4 weight rows * 16 B * 2 = 128 B a thread in flight
-constexpr int kDownUnroll = 3;
 
 // One block: 16 gate rows and 16 up rows of one active expert, for all its tokens, 8 * kTiles at a time. Eight warps split k.
-template <int kTiles>
-__global__ void __launch_bounds__(kWarps * 32) MoeGateUpKernel(MoeShapeArgs shape, const __nv_bfloat16* x, const __nv_bfloat16* gate_up, MoeRouting routing,
+// kUnroll divides the k steps of a warp: 4 rows * 16 B * kUnroll a thread are in flight.
+template <int kTiles, int kUnroll>
+__global__ void __launch_bounds__(kWarps * 32, 2) MoeGateUpKernel(MoeShapeArgs shape, const __nv_bfloat16* x, const __nv_bfloat16* gate_up, MoeRouting routing,
                                                                __nv_bfloat16* h) {
   constexpr int kColumns = kTiles * 8;
   __shared__ float partial[kWarps][2][kColumns][16 + 1];
   GridDependencyWait();
   GridDependencyLaunch();
-  if (static_cast<int>(blockIdx.y) >= routing.active[0]) return;
-  const int expert = routing.active[1 + blockIdx.y];
-  const int first = routing.begin[expert], last = routing.begin[expert + 1];
+  const int4 group = routing.group[blockIdx.y];
+  const int expert = group.x, first = group.y, last = group.z;
+  if (expert < 0) return;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int row = blockIdx.x * 16;
   const int k_begin = warp * (shape.hidden / kWarps), steps = shape.hidden / kWarps / 32;
@@ -131,24 +176,24 @@ __global__ void __launch_bounds__(kWarps * 32) MoeGateUpKernel(MoeShapeArgs shap
     const __nv_bfloat16* xb[kTiles];
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      const int at = base + i * 8 + g;
-      xb[i] = at < last ? x + static_cast<size_t>(routing.order[at] / shape.top_k) * shape.hidden + k_begin + t * 8 : nullptr;
+      const int at = min(base + i * 8 + g, last - 1);  // columns past the end repeat the last one; nobody reads theirs
+      xb[i] = x + static_cast<size_t>(routing.order[at] / shape.top_k) * shape.hidden + k_begin + t * 8;
     }
     float acc[2][kTiles][4] = {};
-    for (int step = 0; step < steps; step += kGateUpUnroll) {
-      uint4 a[kGateUpUnroll][4], b[kGateUpUnroll][kTiles];
+    for (int step = 0; step < steps; step += kUnroll) {
+      uint4 a[kUnroll][4], b[kUnroll][kTiles];
 #pragma unroll
-      for (int u = 0; u < kGateUpUnroll; ++u) {
+      for (int u = 0; u < kUnroll; ++u) {
         const int k = (step + u) * 32;
         a[u][0] = LoadStream(gate + k);
         a[u][1] = LoadStream(gate + eight + k);
         a[u][2] = LoadStream(up + k);
         a[u][3] = LoadStream(up + eight + k);
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) b[u][i] = xb[i] ? LoadActivation(xb[i] + k) : make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < kTiles; ++i) b[u][i] = LoadActivation(xb[i] + k);
       }
 #pragma unroll
-      for (int u = 0; u < kGateUpUnroll; ++u) {
+      for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
           MmaK32(acc[0][i], a[u][0], a[u][1], b[u][i]);
@@ -186,16 +231,16 @@ __global__ void __launch_bounds__(kWarps * 32) MoeGateUpKernel(MoeShapeArgs shap
 }
 
 // One block: 32 rows of the down projection of one active expert. Four warps split k, two halves take 16 rows each.
-template <int kTiles>
-__global__ void __launch_bounds__(kWarps * 32) MoeDownKernel(MoeShapeArgs shape, const __nv_bfloat16* h, const __nv_bfloat16* down, MoeRouting routing,
+template <int kTiles, int kUnroll>
+__global__ void __launch_bounds__(kWarps * 32, kTiles == 1 ? 3 : 2) MoeDownKernel(MoeShapeArgs shape, const __nv_bfloat16* h, const __nv_bfloat16* down, MoeRouting routing,
                                                              __nv_bfloat16* out) {
   constexpr int kColumns = kTiles * 8, kSplits = kWarps / 2;
   __shared__ float partial[kSplits][kColumns][32 + 1];
   GridDependencyWait();
   GridDependencyLaunch();
-  if (static_cast<int>(blockIdx.y) >= routing.active[0]) return;
-  const int expert = routing.active[1 + blockIdx.y];
-  const int first = routing.begin[expert], last = routing.begin[expert + 1];
+  const int4 group = routing.group[blockIdx.y];
+  const int expert = group.x, first = group.y, last = group.z;
+  if (expert < 0) return;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int half = warp & 1, split = warp >> 1;
   const int row = blockIdx.x * 32 + half * 16;
@@ -207,23 +252,22 @@ __global__ void __launch_bounds__(kWarps * 32) MoeDownKernel(MoeShapeArgs shape,
     const __nv_bfloat16* hb[kTiles];
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      const int at = base + i * 8 + g;
-      hb[i] = at < last ? h + static_cast<size_t>(routing.order[at]) * shape.inter + k_begin + t * 8 : nullptr;
+      const int at = min(base + i * 8 + g, last - 1);
+      hb[i] = h + static_cast<size_t>(routing.order[at]) * shape.inter + k_begin + t * 8;
     }
     float acc[kTiles][4] = {};
-    for (int step = 0; step < steps; step += kDownUnroll) {
-      uint4 a[kDownUnroll][2], b[kDownUnroll][kTiles];
+    for (int step = 0; step < steps; step += kUnroll) {
+      uint4 a[kUnroll][2], b[kUnroll][kTiles];
 #pragma unroll
-      for (int u = 0; u < kDownUnroll; ++u) {
+      for (int u = 0; u < kUnroll; ++u) {
         const int k = (step + u) * 32;
-        const bool in = step + u < steps;
-        a[u][0] = in ? LoadStream(w0 + k) : make_uint4(0, 0, 0, 0);
-        a[u][1] = in ? LoadStream(w8 + k) : make_uint4(0, 0, 0, 0);
+        a[u][0] = LoadStream(w0 + k);
+        a[u][1] = LoadStream(w8 + k);
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) b[u][i] = in && hb[i] ? LoadActivation(hb[i] + k) : make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < kTiles; ++i) b[u][i] = LoadActivation(hb[i] + k);
       }
 #pragma unroll
-      for (int u = 0; u < kDownUnroll; ++u) {
+      for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) MmaK32(acc[i], a[u][0], a[u][1], b[u][i]);
       }
@@ -296,24 +340,35 @@ unsigned ActiveMax(const MoeShapeArgs& s) {
 
 cudaError_t MoeRoute(const MoeShapeArgs& shape, const __nv_bfloat16* logits, const MoeRouting& routing, bool normalise, cudaStream_t stream) {
   if (!Valid(shape) || shape.experts % 32 != 0) return cudaErrorInvalidValue;
-  return Launch(MoeRouteKernel, {.grid = dim3(1), .block = dim3(kRouteWarps * 32)}, stream, shape, logits, routing, normalise);
+  if (shape.tokens <= kRouteWarps) {
+    const int threads = shape.tokens * 32 > kMaxExperts ? shape.tokens * 32 : kMaxExperts;  // GroupByExpert wants one thread per expert
+    return Launch(MoeRouteSmallKernel, {.grid = dim3(1), .block = dim3(threads)}, stream, shape, logits, routing, normalise);
+  }
+  if (cudaError_t e = Launch(MoeRouteTokensKernel, {.grid = dim3((shape.tokens + 3) / 4), .block = dim3(128)}, stream, shape, logits, routing, normalise); e != cudaSuccess) return e;
+  return Launch(MoeGroupKernel, {.grid = dim3(1), .block = dim3(1024)}, stream, shape, routing);
 }
 
 cudaError_t MoeGateUp(const MoeShapeArgs& shape, const __nv_bfloat16* x, const __nv_bfloat16* gate_up, const MoeRouting& routing, __nv_bfloat16* h,
                       cudaStream_t stream) {
-  if (!Valid(shape) || shape.hidden % (kWarps * 32 * kGateUpUnroll) != 0 || shape.inter % 16 != 0) return cudaErrorInvalidValue;
+  if (!Valid(shape) || shape.hidden % (kWarps * 32) != 0 || shape.inter % 16 != 0) return cudaErrorInvalidValue;
   const LaunchShape launch = {.grid = dim3(shape.inter / 16, ActiveMax(shape)), .block = dim3(kWarps * 32)};
   // Mean tokens per active expert decides how many share one pass over the weights.
-  return shape.tokens <= 16 ? Launch(MoeGateUpKernel<1>, launch, stream, shape, x, gate_up, routing, h)
-                            : Launch(MoeGateUpKernel<2>, launch, stream, shape, x, gate_up, routing, h);
+  const bool one = shape.tokens <= 16;
+  if (shape.hidden / kWarps / 32 % 4 == 0) {
+    return one ? Launch(MoeGateUpKernel<1, 4>, launch, stream, shape, x, gate_up, routing, h) : Launch(MoeGateUpKernel<2, 4>, launch, stream, shape, x, gate_up, routing, h);
+  }
+  return one ? Launch(MoeGateUpKernel<1, 1>, launch, stream, shape, x, gate_up, routing, h) : Launch(MoeGateUpKernel<2, 1>, launch, stream, shape, x, gate_up, routing, h);
 }
 
 cudaError_t MoeDown(const MoeShapeArgs& shape, const __nv_bfloat16* h, const __nv_bfloat16* down, const MoeRouting& routing, __nv_bfloat16* partial,
                     cudaStream_t stream) {
   if (!Valid(shape) || shape.inter % 128 != 0 || shape.hidden % 32 != 0) return cudaErrorInvalidValue;
   const LaunchShape launch = {.grid = dim3(shape.hidden / 32, ActiveMax(shape)), .block = dim3(kWarps * 32)};
-  return shape.tokens <= 16 ? Launch(MoeDownKernel<1>, launch, stream, shape, h, down, routing, partial)
-                            : Launch(MoeDownKernel<2>, launch, stream, shape, h, down, routing, partial);
+  const bool one = shape.tokens <= 16;
+  if (shape.inter / (kWarps / 2) / 32 % 6 == 0) {
+    return one ? Launch(MoeDownKernel<1, 6>, launch, stream, shape, h, down, routing, partial) : Launch(MoeDownKernel<2, 6>, launch, stream, shape, h, down, routing, partial);
+  }
+  return one ? Launch(MoeDownKernel<1, 1>, launch, stream, shape, h, down, routing, partial) : Launch(MoeDownKernel<2, 1>, launch, stream, shape, h, down, routing, partial);
 }
 
 cudaError_t MoeCombine(const MoeShapeArgs& shape, const __nv_bfloat16* partial, const __nv_bfloat16* residual, __nv_bfloat16* y, cudaStream_t stream) {

@@ -24,17 +24,19 @@ struct MoeShapeArgs {
 struct MoeRouting {
   int32_t* expert_of = nullptr;        // (tokens, top_k) expert ids, best first
   __nv_bfloat16* weight_of = nullptr;  // (tokens, top_k)
-  int32_t* active = nullptr;           // (1 + experts): count of experts with work, then their ids ascending
-  int32_t* begin = nullptr;            // (experts + 1): assignments of expert e are order[begin[e] .. begin[e+1])
-  int32_t* order = nullptr;            // (assignments): token * top_k + rank, grouped by expert, ascending inside one
+  // (experts) groups of assignments, those with work first: {expert id or -1, begin, end, 0}; order[begin .. end) are its
+  // assignments. One 16-byte load tells a block what to do.
+  int4* group = nullptr;
+  int32_t* order = nullptr;            // (assignments): token * top_k + rank; any order inside a group (results do not depend on it)
 };
 
-// logits: (tokens, experts) bf16. One block. REQUIRES: experts <= kMaxExperts, a multiple of 32; tokens * top_k <= 4096.
+// logits: (tokens, experts) bf16. REQUIRES: experts <= kMaxExperts, a multiple of 32; tokens * top_k <= 4096.
+// One kernel up to 32 tokens, two beyond.
 cudaError_t MoeRoute(const MoeShapeArgs& shape, const __nv_bfloat16* logits, const MoeRouting& routing, bool normalise, cudaStream_t stream);
 
 // h[a] = silu(gate(x)) * up(x) for every assignment a = token * top_k + rank.   x: (tokens, hidden) bf16, h: (assignments, inter) bf16
 // x is normalised already (RmsNorm): every block reads its tokens' rows whole.
-// bytes moved: 4 * hidden * inter * (distinct experts) + small.   REQUIRES: hidden % 512 == 0, inter % 16 == 0.
+// bytes moved: 4 * hidden * inter * (distinct experts) + small.   REQUIRES: hidden % 256 == 0, inter % 16 == 0.
 cudaError_t MoeGateUp(const MoeShapeArgs& shape, const __nv_bfloat16* x, const __nv_bfloat16* gate_up, const MoeRouting& routing,
                       __nv_bfloat16* h, cudaStream_t stream);
 

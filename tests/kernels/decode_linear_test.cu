@@ -73,7 +73,8 @@ TEST(DecodeLinear, RefusesWhatItCannotDo) {
   EXPECT_EQ(DecodeLinear({.tokens = 0, .n = 16, .k = 256}, nullptr), cudaErrorInvalidValue);
   EXPECT_EQ(DecodeLinear({.tokens = 33, .n = 16, .k = 256}, nullptr), cudaErrorInvalidValue);
   EXPECT_EQ(DecodeLinear({.tokens = 1, .n = 20, .k = 256}, nullptr), cudaErrorInvalidValue);
-  EXPECT_EQ(DecodeLinear({.tokens = 16, .n = 16, .k = 8192}, nullptr), cudaErrorInvalidConfiguration);
+  const __nv_bfloat16 weight{};
+  EXPECT_EQ(DecodeLinear({.norm_weight = &weight, .tokens = 16, .n = 16, .k = 8192}, nullptr), cudaErrorInvalidConfiguration);
 }
 
 TEST(DecodeLinear, Speed) {
@@ -90,9 +91,9 @@ TEST(DecodeLinear, Speed) {
     FillNoise(x.get(), x.count(), 1.0f, 2, nullptr);
     FillNoise(norm.get(), norm.count(), 1.0f, 3, nullptr);
     for (int tokens : {1, 8, 16, 32}) {
-      if (DecodeLinear({.x = x.get(), .w = w.get(), .y = y.get(), .norm_weight = norm.get(), .tokens = tokens, .n = s.n, .k = s.k}, nullptr) != cudaSuccess) continue;
+      const __nv_bfloat16* norm_weight = tokens <= 2 ? norm.get() : nullptr;
       const double seconds = TimeGraph([&](int i, cudaStream_t stream) {
-        CUDA_MUST(DecodeLinear({.x = x.get(), .w = w.get() + each * (i % sets), .y = y.get(), .norm_weight = norm.get(), .tokens = tokens, .n = s.n, .k = s.k}, stream));
+        CUDA_MUST(DecodeLinear({.x = x.get(), .w = w.get() + each * (i % sets), .y = y.get(), .norm_weight = norm_weight, .tokens = tokens, .n = s.n, .k = s.k}, stream));
       }, std::max(sets, 8));
       PrintRow(std::string("decode_linear.") + s.name + ".tokens" + std::to_string(tokens), seconds, 2.0 * each + 2.0 * tokens * (s.n + s.k));
     }

@@ -59,25 +59,37 @@ void TimeStep(const Model& m, int tokens, int context) {
   for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(i);
   DeviceBuffer table(ids), dc(contexts);
   const MoeShapeArgs shape{tokens, m.hidden, m.inter, m.experts, m.top_k};
-  DeviceBuffer<int32_t> expert_of(size_t(tokens) * m.top_k), active(1 + m.experts), begin(m.experts + 1), order(size_t(tokens) * m.top_k);
+  DeviceBuffer<int32_t> expert_of(size_t(tokens) * m.top_k), order(size_t(tokens) * m.top_k);
+  DeviceBuffer<int4> group(m.experts);
   DeviceBuffer<__nv_bfloat16> weight_of(size_t(tokens) * m.top_k), h(size_t(tokens) * m.top_k * m.inter), partial(size_t(tokens) * m.top_k * m.hidden);
-  const MoeRouting routing{expert_of.get(), weight_of.get(), active.get(), begin.get(), order.get()};
+  const MoeRouting routing{expert_of.get(), weight_of.get(), group.get(), order.get()};
 
   const double seconds = TimeGraph([&](int, cudaStream_t s) {
     for (Layer& l : layers) {
-      CUDA_MUST(DecodeLinear({.x = x.get(), .w = l.qkv.get(), .y = qkv.get(), .norm_weight = norm.get(), .tokens = tokens, .n = (m.heads + 2 * m.kv_heads) * 128, .k = m.hidden}, s));
+      const int qkv_rows = (m.heads + 2 * m.kv_heads) * 128;
+      if (tokens <= 2) {
+        CUDA_MUST(DecodeLinear({.x = x.get(), .w = l.qkv.get(), .y = qkv.get(), .norm_weight = norm.get(), .tokens = tokens, .n = qkv_rows, .k = m.hidden}, s));
+      } else {
+        CUDA_MUST(RmsNorm({.x = x.get(), .weight = norm.get(), .y = normed.get(), .tokens = tokens, .hidden = m.hidden}, s));
+        CUDA_MUST(DecodeLinear({.x = normed.get(), .w = l.qkv.get(), .y = qkv.get(), .tokens = tokens, .n = qkv_rows, .k = m.hidden}, s));
+      }
       CUDA_MUST(AttentionDecode({.qkv = qkv.get(), .q_norm = norm.get(), .k_norm = norm.get(), .cos_sin = cs.get(), .k_cache = l.k.get(), .v_cache = l.v.get(),
                                  .block_table = table.get(), .context = dc.get(), .out = attention.get(), .tokens = tokens, .heads = m.heads, .kv_heads = m.kv_heads,
                                  .block_tokens = block_tokens, .table_stride = stride}, s));
       CUDA_MUST(DecodeLinear({.x = attention.get(), .w = l.o.get(), .y = x.get(), .residual = x.get(), .tokens = tokens, .n = m.hidden, .k = m.heads * 128}, s));
-      CUDA_MUST(RmsNorm({.x = x.get(), .weight = norm.get(), .y = normed.get(), .tokens = tokens, .hidden = m.hidden}, s));
-      CUDA_MUST(DecodeLinear({.x = normed.get(), .w = l.router.get(), .y = logits.get(), .tokens = tokens, .n = m.experts, .k = m.hidden}, s));
+      if (tokens <= 2) {
+        CUDA_MUST(DecodeLinear({.x = x.get(), .w = l.router.get(), .y = logits.get(), .norm_weight = norm.get(), .normed = normed.get(), .tokens = tokens, .n = m.experts, .k = m.hidden}, s));
+      } else {
+        CUDA_MUST(RmsNorm({.x = x.get(), .weight = norm.get(), .y = normed.get(), .tokens = tokens, .hidden = m.hidden}, s));
+        CUDA_MUST(DecodeLinear({.x = normed.get(), .w = l.router.get(), .y = logits.get(), .tokens = tokens, .n = m.experts, .k = m.hidden}, s));
+      }
       CUDA_MUST(MoeRoute(shape, logits.get(), routing, true, s));
       CUDA_MUST(MoeGateUp(shape, normed.get(), l.gate_up.get(), routing, h.get(), s));
       CUDA_MUST(MoeDown(shape, h.get(), l.down.get(), routing, partial.get(), s));
       CUDA_MUST(MoeCombine(shape, partial.get(), x.get(), x.get(), s));
     }
-    if (m.head) CUDA_MUST(DecodeLinear({.x = x.get(), .w = lm_head.get(), .y = out.get(), .norm_weight = norm.get(), .tokens = tokens, .n = m.vocab, .k = m.hidden}, s));
+    if (m.head) CUDA_MUST(RmsNorm({.x = x.get(), .weight = norm.get(), .y = normed.get(), .tokens = tokens, .hidden = m.hidden}, s));
+    if (m.head) CUDA_MUST(DecodeLinear({.x = normed.get(), .w = lm_head.get(), .y = out.get(), .tokens = tokens, .n = m.vocab, .k = m.hidden}, s));
   }, 1, 15);
   const double bytes = Bytes(m, tokens, context);
   std::printf("{\"suite\":\"decode_step\",\"case\":\"%s.tokens%d.context%d\",\"ms\":%.4f,\"tok_s\":%.1f,\"GBps\":%.0f,\"share\":%.3f,\"us_per_layer\":%.2f}\n", m.name, tokens, context,

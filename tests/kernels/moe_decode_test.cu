@@ -12,15 +12,16 @@ namespace {
 
 struct Block {
   MoeShapeArgs shape;
-  DeviceBuffer<int32_t> expert_of, active, begin, order;
+  DeviceBuffer<int32_t> expert_of, order;
+  DeviceBuffer<int4> group;
   DeviceBuffer<__nv_bfloat16> weight_of, h, partial;
   explicit Block(const MoeShapeArgs& s)
-      : shape(s), expert_of(size_t(s.tokens) * s.top_k), active(1 + s.experts), begin(s.experts + 1), order(size_t(s.tokens) * s.top_k),
+      : shape(s), expert_of(size_t(s.tokens) * s.top_k), order(size_t(s.tokens) * s.top_k), group(s.experts),
         weight_of(size_t(s.tokens) * s.top_k), h(size_t(s.tokens) * s.top_k * s.inter), partial(size_t(s.tokens) * s.top_k * s.hidden) {
     h.Poison();
     partial.Poison();
   }
-  MoeRouting routing() const { return {expert_of.get(), weight_of.get(), active.get(), begin.get(), order.get()}; }
+  MoeRouting routing() const { return {expert_of.get(), weight_of.get(), group.get(), order.get()}; }
 };
 
 // Top-k by sorting (value descending, id ascending), softmax in double.
@@ -47,7 +48,8 @@ TEST(MoeRoute, PicksTheLargestAndListsEveryAssignmentOnce) {
     Block b(s);
     CUDA_OK(MoeRoute(s, dl.get(), b.routing(), true, nullptr));
     CUDA_OK(cudaDeviceSynchronize());
-    const auto experts = b.expert_of.Download(), active = b.active.Download(), begin = b.begin.Download(), order = b.order.Download();
+    const auto experts = b.expert_of.Download(), order = b.order.Download();
+    const auto groups = b.group.Download();
     const auto weights = b.weight_of.Download();
     std::set<int> used;
     for (int t = 0; t < tokens; ++t) {
@@ -60,15 +62,23 @@ TEST(MoeRoute, PicksTheLargestAndListsEveryAssignmentOnce) {
         used.insert(ids[r]);
       }
     }
-    ASSERT_EQ(active[0], static_cast<int>(used.size()));
-    EXPECT_TRUE(std::equal(used.begin(), used.end(), active.begin() + 1));
-    EXPECT_EQ(begin[s.experts], tokens * s.top_k);
-    for (int e = 0; e < s.experts; ++e) {
-      for (int i = begin[e]; i < begin[e + 1]; ++i) {
-        EXPECT_EQ(experts[order[i]], e);
-        if (i > begin[e]) EXPECT_LT(order[i - 1], order[i]);
+    std::set<int> grouped, seen;
+    int at = 0;
+    for (size_t i = 0; i < groups.size(); ++i) {
+      if (i >= used.size()) {
+        EXPECT_EQ(groups[i].x, -1) << "group " << i;
+        continue;
+      }
+      grouped.insert(groups[i].x);
+      EXPECT_EQ(groups[i].y, at);
+      EXPECT_GT(groups[i].z, groups[i].y);
+      for (at = groups[i].y; at < groups[i].z; ++at) {
+        EXPECT_EQ(experts[order[at]], groups[i].x);
+        EXPECT_TRUE(seen.insert(order[at]).second) << "assignment " << order[at] << " twice";
       }
     }
+    EXPECT_EQ(grouped, used);
+    EXPECT_EQ(at, tokens * s.top_k);
   }
 }
 
@@ -142,7 +152,7 @@ TEST(MoeBlock, Speed) {
         FillNoise(logits.get(), logits.count(), 1.0f, 100 + i, nullptr);
         CUDA_OK(MoeRoute(s, logits.get(), blocks.back().routing(), true, nullptr));
         CUDA_OK(cudaDeviceSynchronize());
-        distinct += blocks.back().active.Download()[0] / double(kRoutings);
+        for (const int4& g : blocks.back().group.Download()) distinct += (g.x >= 0) / double(kRoutings);
       }
       auto at = [&](int i) -> Block& { return blocks[(i / layers) % kRoutings]; };
       const double up = TimeGraph([&](int i, cudaStream_t st) { CUDA_MUST(MoeGateUp(s, x.get(), gate.get() + gate_each * (i % layers), at(i).routing(), at(i).h.get(), st)); }, 32);
