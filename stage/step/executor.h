@@ -27,6 +27,10 @@ struct GroupLost {
 };
 using ExecutorEvent = std::variant<std::monostate, StepResult, GroupReady, GroupLost>;
 
+// The epoch changes for the caller when Poll() returns GroupReady: from the loss of a group until then both Submit calls
+// give kUnavailable, even if the stages have assembled again meanwhile. Else pixels (which carry no epoch) of a caller that
+// still believes in the old epoch would reach the new one, to be sent again and never released.
+// Every plan of a living epoch gives one StepResult, in the order of submission, also when nothing was sampled.
 class Executor {
  public:
   virtual ~Executor() = default;
