@@ -14,7 +14,7 @@ namespace {
 namespace cg = cooperative_groups;
 
 constexpr int kWarps = 4;
-constexpr int kStages = 3;            // tiles in flight per warp
+constexpr int kStages = 2;            // tiles in flight per warp: 85 KiB a block, so that two blocks share an SM
 constexpr int kTileTokens = 16;       // one tile: 16 tokens of K and of V
 constexpr int kRows = 16;             // query heads of one kv head, padded
 constexpr int kHalf = kHeadDim / 2;
@@ -33,16 +33,22 @@ struct Shared {
   float inbox_max[16][kRows], inbox_sum[16][kRows];
 };
 
-// RMS-norm over one head (4 values a lane: 2*lane, 2*lane+1 and 64 later), then RoPE of halves, in the reference's roundings.
-__device__ __forceinline__ void NormRope(const __nv_bfloat16* head, const __nv_bfloat16* weight, const __nv_bfloat16* cos_sin, float eps, __nv_bfloat16* out) {
+// A lane's share of one head: values 2*lane, 2*lane+1 and the two 64 later, which RoPE of halves pairs with them.
+struct HeadPart {
+  uint32_t low, high;
+};
+__device__ __forceinline__ HeadPart LoadHead(const __nv_bfloat16* head) {
   const int lane = threadIdx.x & 31;
-  const float2 low = UnpackBf16(*reinterpret_cast<const uint32_t*>(head + 2 * lane)), high = UnpackBf16(*reinterpret_cast<const uint32_t*>(head + kHalf + 2 * lane));
+  return {*reinterpret_cast<const uint32_t*>(head + 2 * lane), *reinterpret_cast<const uint32_t*>(head + kHalf + 2 * lane)};
+}
+// RMS-norm over the head, then q*cos + rotate_half(q)*sin, in the reference's roundings (each product and the sum to bf16).
+__device__ __forceinline__ void NormRope(const HeadPart& head, const HeadPart& weight, const HeadPart& cos_sin, float eps, __nv_bfloat16* out) {
+  const int lane = threadIdx.x & 31;
+  const float2 low = UnpackBf16(head.low), high = UnpackBf16(head.high), wl = UnpackBf16(weight.low), wh = UnpackBf16(weight.high);
+  const float2 c = UnpackBf16(cos_sin.low), s = UnpackBf16(cos_sin.high);
   const float scale = rsqrtf(WarpSum(low.x * low.x + low.y * low.y + high.x * high.x + high.y * high.y) / kHeadDim + eps);
-  const float2 wl = UnpackBf16(*reinterpret_cast<const uint32_t*>(weight + 2 * lane)), wh = UnpackBf16(*reinterpret_cast<const uint32_t*>(weight + kHalf + 2 * lane));
-  const float2 c = UnpackBf16(*reinterpret_cast<const uint32_t*>(cos_sin + 2 * lane)), s = UnpackBf16(*reinterpret_cast<const uint32_t*>(cos_sin + kHalf + 2 * lane));
   const float l0 = RoundBf16(RoundBf16(low.x * scale) * wl.x), l1 = RoundBf16(RoundBf16(low.y * scale) * wl.y);
   const float h0 = RoundBf16(RoundBf16(high.x * scale) * wh.x), h1 = RoundBf16(RoundBf16(high.y * scale) * wh.y);
-  // q*cos + rotate_half(q)*sin, each product and the sum rounded to bf16.
   *reinterpret_cast<uint32_t*>(out + 2 * lane) = PackBf16(RoundBf16(l0 * c.x) - RoundBf16(h0 * s.x), RoundBf16(l1 * c.y) - RoundBf16(h1 * s.y));
   *reinterpret_cast<uint32_t*>(out + kHalf + 2 * lane) = PackBf16(RoundBf16(h0 * c.x) + RoundBf16(l0 * s.x), RoundBf16(h1 * c.y) + RoundBf16(l1 * s.y));
 }
@@ -68,11 +74,19 @@ __global__ void __launch_bounds__(kWarps * 32) AttentionDecodeKernel(const Atten
   const size_t row_stride = static_cast<size_t>(args.kv_heads) * kHeadDim;
   const int32_t* table = args.block_table + static_cast<size_t>(token) * args.table_stride;
 
-  // A warp takes tiles block_first + warp, + kWarps, ...; its own copies, its own waits.
-  auto fetch = [&](int tile, int stage) {
+  // A warp takes tiles block_first + warp, + kWarps, ...; its own copies, its own waits. Lane i holds the KV block of the
+  // warp's tile i of the current 32, so that no copy waits for a table entry.
+  int table_entry = 0;
+  auto fetch = [&](int index, int stage) {
+    const int tile = block_first + warp + index * kWarps;
+    if (index % 32 == 0) {
+      const int ahead = (block_first + warp + (index + lane) * kWarps) * kTileTokens;
+      table_entry = ahead < length ? table[ahead / args.block_tokens] : 0;
+    }
+    const int block = __shfl_sync(0xffffffffu, table_entry, index % 32);
     if (tile < block_last) {
       const int first = tile * kTileTokens;
-      const size_t base = (static_cast<size_t>(table[first / args.block_tokens]) * args.block_tokens + first % args.block_tokens) * row_stride + static_cast<size_t>(kv_head) * kHeadDim;
+      const size_t base = (static_cast<size_t>(block) * args.block_tokens + first % args.block_tokens) * row_stride + static_cast<size_t>(kv_head) * kHeadDim;
 #pragma unroll
       for (int i = 0; i < kTileTokens * kHeadDim / 8 / 32; ++i) {
         const int chunk = i * 32 + lane, r = chunk / 16, c = chunk % 16;
@@ -84,23 +98,28 @@ __global__ void __launch_bounds__(kWarps * 32) AttentionDecodeKernel(const Atten
     CopyAsyncCommit();
   };
 #pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) fetch(block_first + warp + s * kWarps, s);
+  for (int s = 0; s < kStages - 1; ++s) fetch(s, s);
+  const HeadPart q_weight = LoadHead(args.q_norm), k_weight = LoadHead(args.k_norm);
   GridDependencyWait();
   GridDependencyLaunch();
 
   // Query heads of this kv head, normalised and rotated; the new key and value.
   const __nv_bfloat16* qkv = args.qkv + static_cast<size_t>(token) * (args.heads + 2 * args.kv_heads) * kHeadDim;
-  const __nv_bfloat16* cos_sin = args.cos_sin + static_cast<size_t>(token) * kHeadDim;
-  for (int r = warp; r < kRows; r += kWarps) {
-    if (r < group) {
-      NormRope(qkv + (kv_head * group + r) * kHeadDim, args.q_norm, cos_sin, args.norm_eps, sm.q + r * kStride);
-    } else {
-      *reinterpret_cast<uint2*>(sm.q + r * kStride + lane * 4) = make_uint2(0, 0);
-    }
-  }
-  if (warp == 0) {
-    NormRope(qkv + (args.heads + kv_head) * kHeadDim, args.k_norm, cos_sin, args.norm_eps, sm.new_k);
+  const HeadPart cos_sin = LoadHead(args.cos_sin + static_cast<size_t>(token) * kHeadDim);
+  HeadPart rows[kRows / kWarps];
+#pragma unroll
+  for (int i = 0; i < kRows / kWarps; ++i) rows[i] = LoadHead(qkv + (kv_head * group + min(warp + i * kWarps, group - 1)) * kHeadDim);
+  if (warp == kWarps - 1) {
+    NormRope(LoadHead(qkv + (args.heads + kv_head) * kHeadDim), k_weight, cos_sin, args.norm_eps, sm.new_k);
     *reinterpret_cast<uint2*>(sm.new_v + lane * 4) = *reinterpret_cast<const uint2*>(qkv + (args.heads + args.kv_heads + kv_head) * kHeadDim + lane * 4);
+  }
+#pragma unroll
+  for (int i = 0; i < kRows / kWarps; ++i) {
+    if (warp + i * kWarps < group) {
+      NormRope(rows[i], q_weight, cos_sin, args.norm_eps, sm.q + (warp + i * kWarps) * kStride);
+    } else {
+      *reinterpret_cast<uint2*>(sm.q + (warp + i * kWarps) * kStride + lane * 4) = make_uint2(0, 0);
+    }
   }
   __syncthreads();
   if (split == 0 && warp == 0) {
@@ -116,8 +135,9 @@ __global__ void __launch_bounds__(kWarps * 32) AttentionDecodeKernel(const Atten
   float out[kHeadDim / 8][4] = {};
   float row_max[2] = {-FLT_MAX, -FLT_MAX}, row_sum[2] = {0.0f, 0.0f};
   int stage = 0;
-  for (int tile = block_first + warp; tile < block_last; tile += kWarps) {
-    fetch(tile + (kStages - 1) * kWarps, (stage + kStages - 1) % kStages);
+  for (int index = 0; block_first + warp + index * kWarps < block_last; ++index) {
+    const int tile = block_first + warp + index * kWarps;
+    fetch(index + kStages - 1, (stage + kStages - 1) % kStages);
     CopyAsyncWait<kStages - 1>();
     __syncwarp();
     __nv_bfloat16* k_tile = sm.tiles[warp][stage][0];
@@ -204,9 +224,9 @@ __global__ void __launch_bounds__(kWarps * 32) AttentionDecodeKernel(const Atten
   __syncthreads();
   // Warps of this block, then blocks of the cluster, always in rank order. Each block finishes `share` elements of the output;
   // partial results are pushed into its shared memory, so that the last phase reads only its own.
-  const int share = kRows * kHeadDim / splits;
+  const int share = group * kHeadDim / splits;
   ClusterStartedWait();  // nobody writes into a block that has not started
-  for (int i = threadIdx.x; i < kRows * kHeadDim; i += blockDim.x) {
+  for (int i = threadIdx.x; i < group * kHeadDim; i += blockDim.x) {
     const int r = i / kHeadDim, d = i % kHeadDim;
     float top = -FLT_MAX, sum = 0.0f, value = 0.0f;
 #pragma unroll
@@ -228,7 +248,6 @@ __global__ void __launch_bounds__(kWarps * 32) AttentionDecodeKernel(const Atten
   cluster.sync();
   for (int i = threadIdx.x; i < share; i += blockDim.x) {
     const int r = (split * share + i) / kHeadDim, d = (split * share + i) % kHeadDim;
-    if (r >= group) continue;
     float top = -FLT_MAX;
     for (int s = 0; s < splits; ++s) top = fmaxf(top, sm.inbox_max[s][r]);
     float sum = 0.0f, value = 0.0f;

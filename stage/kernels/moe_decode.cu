@@ -355,6 +355,8 @@ cudaError_t MoeGateUp(const MoeShapeArgs& shape, const __nv_bfloat16* x, const _
   // Mean tokens per active expert decides how many share one pass over the weights.
   const bool one = shape.tokens <= 16;
   if (shape.hidden / kWarps / 32 % 4 == 0) {
+    // Past 128 tokens (of 128 experts, top 8) an expert has more than 8 on average: one pass over its weights for up to 32.
+    if (shape.tokens > 128) return Launch(MoeGateUpKernel<4, 2>, launch, stream, shape, x, gate_up, routing, h);
     return one ? Launch(MoeGateUpKernel<1, 4>, launch, stream, shape, x, gate_up, routing, h) : Launch(MoeGateUpKernel<2, 4>, launch, stream, shape, x, gate_up, routing, h);
   }
   return one ? Launch(MoeGateUpKernel<1, 1>, launch, stream, shape, x, gate_up, routing, h) : Launch(MoeGateUpKernel<2, 1>, launch, stream, shape, x, gate_up, routing, h);
@@ -366,6 +368,7 @@ cudaError_t MoeDown(const MoeShapeArgs& shape, const __nv_bfloat16* h, const __n
   const LaunchShape launch = {.grid = dim3(shape.hidden / 32, ActiveMax(shape)), .block = dim3(kWarps * 32)};
   const bool one = shape.tokens <= 16;
   if (shape.inter / (kWarps / 2) / 32 % 6 == 0) {
+    if (shape.tokens > 128) return Launch(MoeDownKernel<4, 3>, launch, stream, shape, h, down, routing, partial);
     return one ? Launch(MoeDownKernel<1, 6>, launch, stream, shape, h, down, routing, partial) : Launch(MoeDownKernel<2, 6>, launch, stream, shape, h, down, routing, partial);
   }
   return one ? Launch(MoeDownKernel<1, 1>, launch, stream, shape, h, down, routing, partial) : Launch(MoeDownKernel<2, 1>, launch, stream, shape, h, down, routing, partial);
