@@ -1,0 +1,104 @@
+// stage/model/stage_model.h — the layers [a, b) of a model on one device: a StepPlan and the previous stage's activations
+// in, the next stage's activations or logits out. Written once for qwen3_vl_moe, qwen3_vl, qwen3_moe and qwen3.
+//
+// Stage 0 also holds the embedding (and, through VisionEncoder, the vision tower), the last stage the final norm and
+// lm_head. Backend: ATen operators, in the reference's order of rounding (docs/numerics.md); the result of a sequence does
+// not depend on how the layers are split, and with RowGrouping::kPerSpan not on the rest of the batch either.
+//
+// State: the KV cache (addressed only through the plan's blocks) and, on stage 0, vision features until they are released.
+// Thread safety: none; one thread. Errors: a plan or activations that do not fit are kInvalidArgument, a library failure is
+// kInternal, memory that does not suffice kResourceExhausted.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "stage/base/status.h"
+#include "stage/contract/layer_plan.h"
+#include "stage/contract/model_shape.h"
+#include "stage/model/batch.h"
+#include "stage/model/decoder_layer.h"
+#include "stage/step/activation_shape.h"
+#include "stage/step/step_plan.h"
+#include "stage/weights/loader.h"
+
+namespace qwen::model {
+
+// What travels between stages (step/activation_shape.h gives the exact sizes).
+struct StageActivations {
+  at::Tensor hidden;     // (tokens, H) in the model's dtype
+  at::Tensor deepstack;  // (taps still owed, visual tokens in plan order, H); undefined when there are none
+};
+
+struct StageOutput {
+  StageActivations activations;  // hidden undefined on the last stage
+  at::Tensor logits;             // last stage: (samples, vocab) in the model's dtype, span order; undefined without samples
+};
+
+// One input's pixels to its features: (1 + taps, tokens, H), the merged features first, then one DeepStack tap each.
+using VisionEncoder = std::function<Result<at::Tensor>(const step::VisionInput&)>;
+// Makes the encoder out of the stage's loaded tensors ("visual.*"): vision::EncoderFactory gives one.
+using VisionEncoderFactory = std::function<Result<VisionEncoder>(const weights::TensorMap&)>;
+
+struct StageModelOptions {
+  contract::LayerRange layers;
+  int32_t stage = 0, stages = 1;
+  at::Device device = at::kCPU;
+  at::ScalarType dtype = at::kBFloat16;  // of weights, activations and KV
+  int32_t block_tokens = 16;
+  int32_t block_count = 0;               // KV blocks, allocated by Load
+  RowGrouping grouping = RowGrouping::kPerSpan;
+  int32_t load_threads = 4;
+  int64_t vision_tokens_max = 131072;    // merged tokens kept at once (at H = 4096 in bf16 with 3 taps 4.3 GB)
+  VisionEncoderFactory vision;           // stage 0 of a vision model; empty: AddVision is kFailedPrecondition
+  // For tests and parity dumps: called with the residual stream before each layer of the range, and with `layer` == the
+  // model's layer count before the final norm. Empty: no cost.
+  std::function<void(int32_t layer, const at::Tensor& hidden)> on_hidden;
+};
+
+class StageModel {
+ public:
+  using Progress = std::function<void(int64_t bytes_done, int64_t bytes_total)>;
+  static Result<std::unique_ptr<StageModel>> Load(weights::Checkpoint& checkpoint, const contract::ModelShape& shape,
+                                                  const StageModelOptions& options, const Progress& progress = {});
+  // The same from tensors that are in memory already (tests, generated weights). Takes what it needs by slot name.
+  static Result<std::unique_ptr<StageModel>> Create(const contract::ModelShape& shape, const StageModelOptions& options,
+                                                    const weights::TensorMap& tensors);
+  // REQUIRES: ValidatePlan(plan) is OK under limits that agree with the options; stage 0 gets empty activations.
+  Result<StageOutput> Forward(const step::StepPlan& plan, const StageActivations& input);
+  // Runs the vision tower on one input and keeps its features until a plan's vision_released names it. An id that is
+  // there already is replaced. kResourceExhausted beyond vision_tokens_max.
+  Status AddVision(const step::VisionInput& input);
+  // Forgets all vision features; KV content is void from the caller's side anyway. For a new epoch.
+  void Reset();
+
+  bool first() const { return options_.stage == 0; }
+  bool last() const { return options_.stage == options_.stages - 1; }
+  const StageModelOptions& options() const { return options_; }
+  const contract::ModelShape& shape() const { return shape_; }
+  step::ActivationSizes activation_sizes() const;
+  int64_t vision_tokens() const { return vision_tokens_; }
+
+ private:
+  StageModel(const contract::ModelShape& shape, const StageModelOptions& options);
+  void Bind(const weights::TensorMap& tensors);
+  Result<StageActivations> Embed(const step::StepPlan& plan, const Batch& batch);
+  Status CheckInput(const step::StepPlan& plan, const StageActivations& input) const;
+  Result<StageOutput> ForwardOrThrow(const step::StepPlan& plan, const StageActivations& input);
+
+  const contract::ModelShape shape_;
+  const StageModelOptions options_;
+  at::Tensor embedding_;         // (vocab, H), stage 0
+  at::Tensor norm_, lm_head_;    // (H), (vocab, H), last stage
+  std::vector<DecoderLayer> layers_;
+  std::vector<ops::PagedKv> cache_;  // one per layer
+  ops::RotaryFrequencies rotary_;
+  VisionEncoder encoder_;
+  std::map<step::VisionId, at::Tensor> features_;  // (1 + taps, tokens, H)
+  int64_t vision_tokens_ = 0;                      // rows of all features_
+};
+
+}  // namespace qwen::model
