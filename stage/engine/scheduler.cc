@@ -131,10 +131,13 @@ std::optional<ScheduledStep> Scheduler::Schedule(int64_t now_micros) {
   if (committed_since_) counters_.last_step_micros = now_micros - *std::exchange(committed_since_, std::nullopt);
   if (!ready_ || plans_in_flight() >= stages_) return std::nullopt;
   Draft draft{.budget = limits_.max_batch_tokens};
+  const size_t live = sequences_.size();
   AddDecodes(draft);
   AddPrefills(draft);
   AdmitWaiting(draft);
   if (draft.parts.empty()) {
+    // A grammar that ended gave back its blocks after somebody had asked in vain: ask again, with fewer sequences.
+    if (sequences_.size() < live) return Schedule(now_micros);
     // README.md "Progress": somebody can always go on, or a result is on its way.
     QP_CHECK(!in_flight_.empty() || sequences_.empty()) << sequences_.size() << " sequences are stuck";
     return std::nullopt;
