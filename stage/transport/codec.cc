@@ -321,7 +321,7 @@ struct Encoder {
   void operator()(const Failure& m) {
     auto* f = out.mutable_failure();
     f->set_epoch(m.epoch);
-    f->set_reason(m.reason);
+    f->set_reason(m.reason.substr(0, kTextBytesMax));
     f->set_fatal(m.fatal);
     f->set_code(static_cast<uint32_t>(m.code));
     f->set_hmac(m.hmac);

@@ -64,9 +64,11 @@ Status RefusalStatus(const Failure& failure) {
 
 void SendRefusal(MessageStream& stream, const Secret& secret, const Hello& hello, const Refusal& refusal, Deadline deadline,
                  const Interrupt& interrupt) {
-  Failure failure{.epoch = 0, .code = refusal.code, .reason = refusal.reason, .fatal = refusal.code != FailureCode::kBusy, .hmac = {}};
+  // The reason may quote the stage's own words; 1 KiB of them is enough, and stays below what the codec accepts.
+  const std::string reason = refusal.reason.substr(0, 1024);
+  Failure failure{.epoch = 0, .code = refusal.code, .reason = reason, .fatal = refusal.code != FailureCode::kBusy, .hmac = {}};
   // Without proof of the secret there is nothing to prove back: an oracle for HMACs is nobody's right.
-  if (refusal.code != FailureCode::kAuth) failure.hmac = RefusalMac(secret, hello.nonce, refusal.code, refusal.reason);
+  if (refusal.code != FailureCode::kAuth) failure.hmac = RefusalMac(secret, hello.nonce, refusal.code, reason);
   (void)stream.Write(Message(failure), deadline, interrupt);  // the connection ends anyway
 }
 

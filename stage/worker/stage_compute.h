@@ -1,0 +1,45 @@
+// stage/worker/stage_compute.h — what the worker wants of a model: bytes of activations in, bytes or samples out. The
+// real one binds model::StageModel (model_compute.h); tests use one without LibTorch.
+//
+// Thread safety: one thread, the worker's compute thread.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "stage/base/status.h"
+#include "stage/step/activation_shape.h"
+#include "stage/step/step_plan.h"
+#include "stage/step/step_result.h"
+#include "stage/transport/message.h"
+
+namespace qwen::worker {
+
+class StageCompute {
+ public:
+  virtual ~StageCompute() = default;
+
+  virtual transport::StageCapacity capacity() const = 0;
+  virtual step::ActivationSizes activation_sizes() const = 0;
+  virtual int32_t vocab_size() const = 0;
+
+  // A new epoch: KV content, vision features and sampler slots are void.
+  virtual void Reset() = 0;
+  // Stage 0 only: runs the vision tower and keeps the features until a plan releases them.
+  virtual Status AddVision(const step::VisionInput& input) = 0;
+  // One plan. `in`: hidden (tokens, H), then deepstack (taps, visual tokens, H), step/activation_shape.h; empty on stage 0.
+  // `out`: the same for the next stage, to be filled; empty on the last stage, which appends one sample per sampling span
+  // to `samples` instead. REQUIRES: the plan is valid under capacity(), sizes of `in` and `out` are those of the plan.
+  // kInternal means the device or a library failed: the process ends. Anything else ends the epoch only.
+  virtual Status Forward(const step::StepPlan& plan, std::span<const std::byte> in, std::span<std::byte> out,
+                         std::vector<step::SampledToken>& samples) = 0;
+};
+
+using LoadProgress = std::function<void(int64_t bytes_done, int64_t bytes_total)>;
+// Loads the weights; called once, on the compute thread.
+using ComputeLoader = std::function<Result<std::unique_ptr<StageCompute>>(const LoadProgress& progress)>;
+
+}  // namespace qwen::worker
