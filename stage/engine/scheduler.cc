@@ -59,6 +59,7 @@ void Scheduler::StartOver(uint64_t epoch, const step::PlanLimits& limits, int32_
   in_flight_.clear();
   released_.clear();
   retiring_ = 0;
+  refusal_.reset();
   cache_.reset();
   pool_ = std::make_unique<BlockPool>(BlockPool::Options{.block_count = limits.block_count, .block_tokens = limits.block_tokens});
   cache_ = std::make_unique<PrefixCache>(*pool_, options_.prefix_cache);
@@ -193,6 +194,9 @@ void Scheduler::AdmitWaiting(Draft& draft) {
 }
 
 bool Scheduler::Admit(Sequence& sequence) {
+  // Looking up a prompt of 2^18 tokens takes milliseconds: not again while the answer would be the same.
+  const Refusal now{.arrival = sequence.arrival, .available = cache_->available(), .running = running_count()};
+  if (refusal_ == now) return false;
   const int32_t total = CeilDivide(sequence.token_count(), limits_.block_tokens);
   // The last token is always computed: its logits are what the request is about.
   const int32_t limit = (sequence.token_count() - 1) / limits_.block_tokens;
@@ -201,7 +205,10 @@ bool Scheduler::Admit(Sequence& sequence) {
   const auto hits = static_cast<int32_t>(match.blocks.size());
   if (hits < limit && SoonCached(sequence, match)) return false;
   // One block in reserve for each running sequence, its next need: else the newcomer would soon be preempted again.
-  if (total - hits + match.idle + running_count() > cache_->available()) return false;
+  if (total - hits + match.idle + running_count() > cache_->available()) {
+    refusal_ = now;
+    return false;
+  }
   cache_->Share(match.blocks);
   std::optional<BlockList> fresh = cache_->Take(total - hits);
   QP_CHECK(fresh.has_value());

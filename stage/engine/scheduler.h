@@ -80,6 +80,11 @@ class Scheduler {
     int64_t scheduled_micros = 0;
     std::vector<std::pair<Sequence*, bool>> parts;  // in span order; true: samples
   };
+  struct Refusal {  // for want of blocks: whom, and what there was
+    uint64_t arrival = 0;
+    int32_t available = 0, running = 0;
+    bool operator==(const Refusal&) const = default;
+  };
   struct Draft;  // the plan being built
 
   // Schedule's three passes, and what they share.
@@ -117,6 +122,7 @@ class Scheduler {
   std::vector<Sequence*> running_;  // by arrival
   std::vector<Sequence*> waiting_;  // by arrival
   int32_t retiring_ = 0;            // sequences whose blocks come back with a result: retired, or victims in flight
+  std::optional<Refusal> refusal_;  // the last
   std::deque<PlanInFlight> in_flight_;      // by step; at most stages_
   std::vector<step::VisionId> released_;    // to go out with the next plan
   std::vector<SequenceEvent> events_;

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <random>
 
+#include "stage/base/log.h"
 #include "stage/engine/engine.h"
 #include "tests/unit/stage/engine/fake_stages.h"
 
@@ -237,6 +238,7 @@ class World {
 
 TEST(EngineSimulation, EveryRequestGetsTheTokensItGetsAlone) {
   const int32_t first = EnvironmentOr("QP_SIM_FIRST", 1), count = EnvironmentOr("QP_SIM_SEEDS", 3000);
+  log::Init({.process = "simulation", .level = "error"});
   Totals totals;
   for (int32_t seed = first; seed < first + count; ++seed) {
     World world(static_cast<uint64_t>(seed), totals);
