@@ -16,9 +16,9 @@ const at::Tensor& Find(const weights::TensorMap& tensors, const std::string& slo
 
 }  // namespace
 
-DecoderLayer::DecoderLayer(const contract::ModelShape& shape, int32_t layer, const weights::TensorMap& tensors)
+DecoderLayer::DecoderLayer(const contract::ModelShape& shape, const Options& options, const weights::TensorMap& tensors)
     : head_dim_(shape.head_dim), rms_eps_(shape.rms_eps) {
-  const std::string prefix = "layers." + std::to_string(layer) + ".";
+  const std::string prefix = "layers." + std::to_string(options.layer) + ".";
   const auto find = [&](const std::string& name) { return Find(tensors, prefix + name); };
   const auto projection = [&](const std::string& name) {
     return Projection{find(name + ".weight"), shape.attention_bias ? find(name + ".bias") : at::Tensor()};
@@ -31,9 +31,10 @@ DecoderLayer::DecoderLayer(const contract::ModelShape& shape, int32_t layer, con
   k_ = projection("self_attn.k_proj");
   v_ = projection("self_attn.v_proj");
   o_ = projection("self_attn.o_proj");
-  if (shape.IsMoeLayer(layer)) {
+  if (shape.IsMoeLayer(options.layer)) {
     moe_ = Moe{find("mlp.gate.weight"), shape.moe->experts_per_token,
                shape.moe->norm_topk_prob ? ops::RouterWeights::kNormalised : ops::RouterWeights::kAsIs,
+               options.ties,
                ops::MakeExpertWeights(find("mlp.experts.gate_up_proj"), find("mlp.experts.down_proj"))};
   } else {
     dense_ = Dense{find("mlp.gate_proj.weight"), find("mlp.up_proj.weight"), find("mlp.down_proj.weight")};
@@ -64,7 +65,7 @@ at::Tensor DecoderLayer::Attention(const at::Tensor& x, const Batch& batch, cons
 at::Tensor DecoderLayer::Mlp(const at::Tensor& x, const Batch& batch) const {
   if (moe_) {
     const at::Tensor logits = ops::Linear(x, moe_->router, at::Tensor(), batch.groups);
-    const ops::Routing routing = ops::Route(logits, moe_->experts_per_token, moe_->normalisation);
+    const ops::Routing routing = ops::Route(logits, moe_->experts_per_token, moe_->normalisation, moe_->ties);
     return ops::Experts(x, routing, moe_->experts, batch.groups);
   }
   at::Tensor activated = at::silu(ops::Linear(x, dense_->gate, at::Tensor(), batch.groups));

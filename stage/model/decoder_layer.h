@@ -17,8 +17,12 @@ namespace qwen::model {
 
 class DecoderLayer {
  public:
+  struct Options {
+    int32_t layer = 0;
+    ops::RouterTies ties = ops::RouterTies::kLowestExpert;
+  };
   // Takes its weights out of `tensors` by slot name (weights/weight_map.h). REQUIRES: they are all there, in shape.
-  DecoderLayer(const contract::ModelShape& shape, int32_t layer, const weights::TensorMap& tensors);
+  DecoderLayer(const contract::ModelShape& shape, const Options& options, const weights::TensorMap& tensors);
 
   // hidden (tokens, H) -> (tokens, H).
   at::Tensor Forward(const at::Tensor& hidden, const Batch& batch, const ops::RotaryTable& rotary,
@@ -35,6 +39,7 @@ class DecoderLayer {
     at::Tensor router;  // (experts, H)
     int64_t experts_per_token = 0;
     ops::RouterWeights normalisation = ops::RouterWeights::kNormalised;
+    ops::RouterTies ties = ops::RouterTies::kLowestExpert;
     ops::ExpertWeights experts;
   };
 

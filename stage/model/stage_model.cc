@@ -94,7 +94,7 @@ void StageModel::Bind(const weights::TensorMap& tensors) {
   }
   const auto kv_options = at::TensorOptions().dtype(options_.dtype).device(options_.device);
   for (int32_t layer = options_.layers.begin; layer < options_.layers.end; ++layer) {
-    layers_.emplace_back(shape_, layer, tensors);
+    layers_.emplace_back(shape_, DecoderLayer::Options{.layer = layer, .ties = options_.router_ties}, tensors);
     // Not zeroed: a row is read only after it was written, and untouched pages cost no memory on a CPU.
     const std::vector<int64_t> sizes = {options_.block_count, options_.block_tokens, shape_.kv_heads, shape_.head_dim};
     cache_.push_back({at::empty(sizes, kv_options), at::empty(sizes, kv_options)});

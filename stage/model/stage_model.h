@@ -51,6 +51,7 @@ struct StageModelOptions {
   int32_t block_tokens = 16;
   int32_t block_count = 0;               // KV blocks, allocated by Load
   RowGrouping grouping = RowGrouping::kPerSpan;
+  ops::RouterTies router_ties = ops::RouterTies::kLowestExpert;
   int32_t load_threads = 4;
   int64_t vision_tokens_max = 131072;    // merged tokens kept at once (at H = 4096 in bf16 with 3 taps 4.3 GB)
   VisionEncoderFactory vision;           // stage 0 of a vision model; empty: AddVision is kFailedPrecondition

@@ -1,5 +1,8 @@
 #include "stage/ops/moe.h"
 
+#include <algorithm>
+#include <tuple>
+
 #include "stage/base/check.h"
 
 namespace qwen::ops {
@@ -46,13 +49,18 @@ at::Tensor IndexTensor(const std::vector<int64_t>& values, at::Device device) {
 
 }  // namespace
 
-Routing Route(const at::Tensor& logits, int64_t k, RouterWeights normalisation) {
+Routing Route(const at::Tensor& logits, int64_t k, RouterWeights normalisation, RouterTies ties) {
   const at::Tensor probabilities = at::softmax(logits, -1, at::kFloat);
-  // A stable sort, not topk: topk leaves the order of equal values open, and bf16 logits do tie.
-  auto [values, experts] = at::sort(probabilities, /*stable=*/true, /*dim=*/-1, /*descending=*/true);
-  at::Tensor weights = values.narrow(-1, 0, k).contiguous();  // as topk returns it: the same summation order
-  if (normalisation == RouterWeights::kNormalised) weights = weights / weights.sum(-1, /*keepdim=*/true);
-  return {experts.narrow(-1, 0, k).contiguous(), weights.to(logits.scalar_type())};
+  at::Tensor weights, experts;
+  if (ties == RouterTies::kTopk) {
+    std::tie(weights, experts) = at::topk(probabilities, k);
+  } else {
+    auto [values, order] = at::sort(probabilities, /*stable=*/true, /*dim=*/-1, /*descending=*/true);
+    weights = values.narrow(-1, 0, k).contiguous();  // as topk returns it: the same summation order
+    experts = order.narrow(-1, 0, k).contiguous();
+  }
+  if (normalisation == RouterWeights::kNormalised) weights.div_(weights.sum(-1, /*keepdim=*/true));
+  return {experts, weights.to(logits.scalar_type())};
 }
 
 ExpertWeights MakeExpertWeights(at::Tensor gate_up, at::Tensor down) {

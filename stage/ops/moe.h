@@ -12,12 +12,17 @@
 namespace qwen::ops {
 
 struct Routing {
-  at::Tensor experts;  // (tokens, k) int64, most likely first; equal probabilities: lower expert id first
+  at::Tensor experts;  // (tokens, k) int64, most likely first
   at::Tensor weights;  // (tokens, k) model dtype
 };
 enum class RouterWeights { kNormalised, kAsIs };  // divided by their sum over the k (Qwen3-VL-MoE always), or not
+// bf16 logits do tie (about once in some hundred tokens with 8 experts), and a tie at the border of the k changes the result.
+enum class RouterTies {
+  kLowestExpert,  // defined: the lower expert id wins and comes first, on every device
+  kTopk           // whatever at::topk does on this device: the reference's bits, for parity runs on a CPU
+};
 // logits (tokens, experts), model dtype: softmax in float32, top k, division in float32, then one rounding to the dtype.
-Routing Route(const at::Tensor& logits, int64_t k, RouterWeights normalisation);
+Routing Route(const at::Tensor& logits, int64_t k, RouterWeights normalisation, RouterTies ties);
 
 struct ExpertWeights {
   at::Tensor gate_up;  // (experts, 2 * intermediate, hidden): gate rows, then up rows

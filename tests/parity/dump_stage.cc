@@ -2,7 +2,7 @@
 //
 //   qp_dump_stage --checkpoint DIR --request request.json --out dump.safetensors
 //                 [--dtype float32|bfloat16] [--stages 0:2,2:4] [--steps 16] [--chunk 0] [--block-tokens 16]
-//                 [--grouping span|batch] [--threads 0]
+//                 [--grouping span|batch] [--ties lowest|topk] [--threads 0]
 //
 // request.json:
 //   {"prompts": [{"tokens": [1, 2, 3],               token ids, one placeholder per merged visual token
@@ -12,6 +12,7 @@
 //                             "patches": "img.u8",   raw uint8 file beside the request: (t*h*w, 3*2*16*16), see step_plan.h
 //                             "runs": [[1, 6]]}]}]}  (first token, count) of its placeholders in `tokens`, in order
 //
+// --ties topk takes the reference's (undefined, but on one machine reproducible) choice among equal router probabilities.
 // All prompts run side by side in one batch, `chunk` prompt tokens of each per plan (0: the whole prompt), then greedy
 // decode steps together until every prompt has `steps` tokens. --stages gives the layer ranges, default one stage.
 //
@@ -41,7 +42,7 @@ namespace {
 using Json = nlohmann::json;
 
 struct Flags {
-  std::string checkpoint, request, out, dtype = "float32", stages, grouping = "span";
+  std::string checkpoint, request, out, dtype = "float32", stages, grouping = "span", ties = "lowest";
   int32_t steps = 16, chunk = 0, block_tokens = 16, threads = 0;
 };
 
@@ -200,6 +201,7 @@ Status Run(const Flags& flags) {
     options.block_tokens = flags.block_tokens;
     options.block_count = block_count;
     options.grouping = flags.grouping == "batch" ? model::RowGrouping::kWholeBatch : model::RowGrouping::kPerSpan;
+    options.router_ties = flags.ties == "topk" ? ops::RouterTies::kTopk : ops::RouterTies::kLowestExpert;
     if (shape.vision) options.vision = vision::EncoderFactory(shape, vision_options);
     options.on_hidden = [&](int32_t layer, const at::Tensor& hidden) { residual[layer] = hidden.to(at::kFloat).clone(); };
     ASSIGN_OR_RETURN(auto stage, model::StageModel::Load(checkpoint, shape, options));
@@ -268,6 +270,7 @@ int main(int argc, char** argv) {
   app.add_option("--chunk", flags.chunk)->check(CLI::NonNegativeNumber);
   app.add_option("--block-tokens", flags.block_tokens)->check(CLI::PositiveNumber);
   app.add_option("--grouping", flags.grouping)->check(CLI::IsMember({"span", "batch"}));
+  app.add_option("--ties", flags.ties, "equal router probabilities")->check(CLI::IsMember({"lowest", "topk"}));
   app.add_option("--threads", flags.threads, "intra-op threads, 0 = default");
   CLI11_PARSE(app, argc, argv);
   const qwen::Status status = qwen::Run(flags);
