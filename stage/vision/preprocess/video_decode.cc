@@ -3,8 +3,6 @@
 extern "C" {
 #include <libavcodec/avcodec.h>
 #include <libavformat/avformat.h>
-#include <libavutil/imgutils.h>
-#include <libswscale/swscale.h>
 }
 
 #include <algorithm>
@@ -13,6 +11,8 @@ extern "C" {
 #include <memory>
 #include <mutex>
 #include <string>
+
+#include "stage/vision/preprocess/frame_to_rgb.h"
 
 namespace qwen::preprocess {
 namespace {
@@ -73,9 +73,6 @@ struct FreeFrame {
 };
 struct FreePacket {
   void operator()(AVPacket* packet) const { av_packet_free(&packet); }
-};
-struct FreeScaler {
-  void operator()(SwsContext* scaler) const { sws_freeContext(scaler); }
 };
 
 // A demuxer over a file in memory, with its first video stream chosen.
@@ -195,41 +192,6 @@ Status CheckLimits(const SourceInfo& info, int64_t width, int64_t height, const 
   return OkStatus();
 }
 
-// swscale to RGB24 at the same size with PyAV's settings: bilinear chroma, no accurate rounding, the matrix and range that
-// the frame declares (ITU-R 601 limited when it does not).
-class RgbConverter {
- public:
-  Result<Image> Convert(const AVFrame& frame) {
-    const auto format = static_cast<AVPixelFormat>(frame.format);
-    scaler_.reset(sws_getCachedContext(scaler_.release(), frame.width, frame.height, format, frame.width, frame.height,
-                                       AV_PIX_FMT_RGB24, SWS_BILINEAR, nullptr, nullptr, nullptr));
-    if (scaler_ == nullptr) return InvalidArgumentError("the video's pixel format cannot be turned into RGB");
-    // sws_getCoefficients takes the AVColorSpace numbers and gives 601 for those that it does not know.
-    const int* matrix = sws_getCoefficients(frame.colorspace);
-    const int full_range = frame.color_range == AVCOL_RANGE_JPEG || format == AV_PIX_FMT_YUVJ420P ||
-                           format == AV_PIX_FMT_YUVJ422P || format == AV_PIX_FMT_YUVJ444P;
-    sws_setColorspaceDetails(scaler_.get(), matrix, full_range, sws_getCoefficients(SWS_CS_DEFAULT), 1, 0, 1 << 16, 1 << 16);
-    // swscale's SIMD loops write whole vectors, so rows are padded as PyAV's own frames are.
-    const int stride = (frame.width * 3 + 127) / 64 * 64;
-    padded_.resize(static_cast<size_t>(stride) * frame.height + 64);
-    uint8_t* const planes[4] = {padded_.data()};
-    const int strides[4] = {stride};
-    const int rows = sws_scale(scaler_.get(), frame.data, frame.linesize, 0, frame.height, planes, strides);
-    if (rows != frame.height) return InvalidArgumentError("the video's frames cannot be turned into RGB");
-    Image image{.width = frame.width, .height = frame.height, .rgb = {}};
-    const size_t row_bytes = size_t{3} * frame.width;
-    image.rgb.resize(row_bytes * frame.height);
-    for (int y = 0; y < frame.height; ++y) {
-      std::copy_n(padded_.data() + static_cast<size_t>(stride) * y, row_bytes, image.rgb.data() + row_bytes * y);
-    }
-    return image;
-  }
-
- private:
-  std::unique_ptr<SwsContext, FreeScaler> scaler_;
-  std::vector<uint8_t> padded_;
-};
-
 // Hands the frames numbered `indices` (ascending) to `sink`, in order; fewer when the file ends early.
 Status DecodeFrames(std::span<const std::byte> bytes, std::span<const int64_t> indices, const VideoLimits& limits,
                     const std::function<Status(Image)>& sink) {
@@ -249,7 +211,7 @@ Status DecodeFrames(std::span<const std::byte> bytes, std::span<const int64_t> i
   if (error >= 0) error = avcodec_open2(codec.get(), decoder, nullptr);
   if (error < 0) return AvError("the video decoder does not start", error);
 
-  RgbConverter converter;
+  FrameToRgb converter;
   int64_t number = 0;
   size_t next = 0;  // into indices
   int width = 0, height = 0;
