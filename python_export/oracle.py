@@ -20,6 +20,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -39,8 +40,18 @@ def bf16_ulp(x: torch.Tensor) -> torch.Tensor:
     return torch.exp2(torch.floor(torch.log2(x.abs().clamp_min(1e-30))) - 7)
 
 
+def stable_topk(x: torch.Tensor, k: int, dim: int = -1) -> tuple:
+    """torch.topk with a defined order among equals: the lowest index first."""
+    values, order = torch.sort(x, dim=dim, descending=True, stable=True)
+    return values.narrow(dim, 0, k).contiguous(), order.narrow(dim, 0, k).contiguous()
+
+
 class Oracle:
-    def __init__(self, directory: Path, dtype=None, experts: str | None = None, attention: str = "sdpa"):
+    """`router_ties`: bf16 router logits tie exactly now and then, and torch.topk leaves open which of two equal experts it
+    takes. "topk": whatever it does. "lowest": the lowest index, as our engine defines it; transformers' code otherwise."""
+
+    def __init__(self, directory: Path, dtype=None, experts: str | None = None, attention: str = "sdpa",
+                 router_ties: str = "topk"):
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
         self.directory = Path(directory)
         config = json.loads((self.directory / "config.json").read_text())
@@ -54,9 +65,23 @@ class Oracle:
         if experts and hasattr(self.model, "set_experts_implementation"):
             self.model.set_experts_implementation(experts)
         self.model.eval()
+        self.ties_decided = 0  # rows for which "lowest" chose other experts than torch.topk would have
+        if router_ties == "lowest":
+            for module in self.model.modules():
+                if type(module).__name__.endswith("TopKRouter"):
+                    module.forward = self.with_stable_topk(module.forward)
         self.processor = AutoProcessor.from_pretrained(directory) if self.vision else None
         self.tokenizer = self.processor.tokenizer if self.vision else AutoTokenizer.from_pretrained(directory)
         self.decoder = self.model.model.language_model if self.vision else self.model.model
+
+    def with_stable_topk(self, forward):
+        def routed(hidden):
+            theirs = forward(hidden)
+            with mock.patch.object(torch, "topk", stable_topk):
+                ours = forward(hidden)
+            self.ties_decided += int((theirs[2].sort(-1).values != ours[2].sort(-1).values).any(-1).sum())
+            return ours
+        return routed
 
     # --- inputs
 

@@ -1,9 +1,14 @@
 """StageModels against transformers, tensor by tensor and token by token.
 
 For every tiny checkpoint named: transformers computes goldens for all requests (python_export/oracle.py); qp_dump_stage gets
-the same ids, positions and resized bytes, runs them as one batch, on one stage and again on several, and dumps the features
-of the vision tower, the residual stream before every layer, the logits and the greedy tokens. Compared with
-tolerances.json; where the oracle's top two logits tie, that sequence is compared up to the tie and counted.
+the same ids, positions and resized bytes, runs them as one batch and dumps the features of the vision tower, the residual stream
+before every layer, the logits and the greedy tokens. Compared with tolerances.json; where the oracle's top two logits tie,
+that sequence is compared up to the tie and counted. Runs of each checkpoint:
+  one stage            router ties as torch.topk happens to decide them: unmodified transformers
+  several stages       the same
+  lowest (MoE, bf16)   one stage, our rule for router ties (lowest expert), against transformers with that rule in its router
+  chunked (fp32)       several stages, prompts in chunks of 7 tokens. Not in bf16: a chunk's GEMMs round otherwise than the
+                       whole prompt's, which bf16 shows in the last bit, and then in the router's choice
 """
 import argparse
 import json
@@ -98,34 +103,45 @@ class Comparison:
                        torch.stack([tap[begin:end] for tap in taps]), True, self.tolerance["hidden_max_rel"])
 
 
-def splits(layers: int, vision: bool) -> list:
-    """One stage, then as many as DeepStack allows: its three layers stay on stage 0."""
+def split_layers(layers: int, vision: bool) -> str:
+    """As many stages as DeepStack allows: its three layers stay on stage 0."""
     first = 3 if vision else 1
-    many = [(0, first)] + [(n, min(n + 2, layers)) for n in range(first, layers, 2)]
-    return [None, ",".join(f"{a}:{b}" for a, b in many)]
+    return ",".join(f"{a}:{b}" for a, b in [(0, first)] + [(n, min(n + 2, layers)) for n in range(first, layers, 2)])
 
 
 def run_case(name: str, dtype: str, dumper: str, folder: Path) -> list:
     checkpoint = tiny.write_case(folder, name, getattr(torch, dtype))
+    results = []
+
+    def compare(oracle: Oracle, runs: dict) -> None:
+        requests = cases.vision_requests(folder) if oracle.vision else cases.text_requests()
+        # Padding ids are fair game here: this compares models, not the sampler's token limit.
+        goldens = [oracle.run(r, STEPS, folder, mask_padding=False) for r in requests]
+        request = write_request(folder, goldens)
+        for label, flags in runs.items():
+            comparison = Comparison(f"{name} {dtype} {label}", TOLERANCES[dtype])
+            if oracle.ties_decided:
+                comparison.label += f" ({oracle.ties_decided} router ties)"
+            out = folder / "dump.safetensors"
+            command = [dumper, "--checkpoint", str(checkpoint), "--request", str(request), "--out", str(out), "--dtype",
+                       dtype, "--steps", str(STEPS), "--threads", "1", *flags]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                comparison.failures.append(f"qp_dump_stage exited with {done.returncode}: {done.stderr[-800:]}")
+            else:
+                dump = load_file(out)
+                for p, golden in enumerate(goldens):
+                    comparison.prompt(p, golden, dump, len(oracle.decoder.layers))
+            results.append(comparison)
+
     oracle = Oracle(checkpoint, getattr(torch, dtype))
-    requests = cases.vision_requests(folder) if oracle.vision else cases.text_requests()
-    # Padding ids are fair game here: this compares models, not the sampler's token limit.
-    goldens = [oracle.run(r, STEPS, folder, mask_padding=False) for r in requests]
-    request = write_request(folder, goldens)
-    layers, results = len(oracle.decoder.layers), []
-    for split in splits(layers, oracle.vision):
-        comparison = Comparison(f"{name} {dtype} {split or 'one stage'}", TOLERANCES[dtype])
-        out = folder / "dump.safetensors"
-        command = [dumper, "--checkpoint", str(checkpoint), "--request", str(request), "--out", str(out), "--dtype", dtype,
-                   "--steps", str(STEPS), "--threads", "1"] + (["--stages", split, "--chunk", "7"] if split else [])
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            comparison.failures.append(f"qp_dump_stage exited with {done.returncode}: {done.stderr[-800:]}")
-        else:
-            dump = load_file(out)
-            for p, golden in enumerate(goldens):
-                comparison.prompt(p, golden, dump, layers)
-        results.append(comparison)
+    split = split_layers(len(oracle.decoder.layers), oracle.vision)
+    runs = {"one stage": ["--ties", "topk"], f"stages {split}": ["--ties", "topk", "--stages", split]}
+    if dtype == "float32":
+        runs["chunked"] = ["--ties", "topk", "--stages", split, "--chunk", "7"]
+    compare(oracle, runs)
+    if dtype == "bfloat16" and hasattr(oracle.model.config.get_text_config(), "num_experts_per_tok"):
+        compare(Oracle(checkpoint, getattr(torch, dtype), router_ties="lowest"), {"lowest": ["--ties", "lowest"]})
     return results
 
 
