@@ -149,10 +149,7 @@ std::optional<ScheduledStep> Scheduler::Schedule(int64_t now_micros) {
   plan.vision_released.insert(plan.vision_released.end(), released_.begin(), released_.end());
   released_.clear();
   ++counters_.plans;
-  for (const auto& [sequence, sample] : draft.parts) {
-    sequence->last_plan = counters_.plans;
-    PublishBlocks(*sequence);
-  }
+  for (const auto& part : draft.parts) PublishBlocks(*part.first);
   in_flight_.push_back({.step = plan.step, .scheduled_micros = now_micros, .parts = std::move(draft.parts)});
   return std::move(draft.step);
 }
@@ -164,9 +161,9 @@ void Scheduler::AddDecodes(Draft& draft) {
     population += sequence->pending() <= 1;
     if (sequence->pending() == 1) ready.push_back(sequence);
   }
-  // An equal share for each plan in flight keeps all stages busy; whoever has waited longest comes first.
+  // An equal share for each plan in flight keeps all stages busy. `stages_` shares hold everybody, so whoever is left out
+  // now is in one of the next plans.
   const int32_t share = std::min(draft.budget, CeilDivide(population, stages_));
-  std::stable_sort(ready.begin(), ready.end(), [](const Sequence* a, const Sequence* b) { return a->last_plan < b->last_plan; });
   int32_t taken = 0;
   for (Sequence* sequence : ready) {
     if (taken == share) break;

@@ -50,7 +50,6 @@ struct Sequence {
   int32_t plans_in_flight = 0;    // that name this sequence
   bool started = false;           // SequenceStart was sent for `slot`
   bool preempt_when_idle = false; // chosen as a victim while in flight; takes no part in further plans
-  uint64_t last_plan = 0;         // ordinal of the newest plan that names it, for turns among decodes
   int32_t published = 0;          // blocks known to the prefix cache
   PrefixCache::Node node;         // the last of them
   bool publishing = true;         // false once the chain in the cache is broken

@@ -105,6 +105,45 @@ TEST_F(EngineTest, IgnoresACancelOfWhatIsUnknownOrFinished) {
   EXPECT_EQ(Finishes(FinishReason::kLength), 1);
 }
 
+TEST_F(EngineTest, CountsTokensAndWhatThePrefixCacheSaved) {
+  Engine engine({}, stages);
+  stages.Assemble(1, kLimits, 1);
+  for (const step::SequenceId id : {1, 2}) {
+    ASSERT_TRUE(engine.Submit(Make(id, 10, 3)).ok());
+    StepUntilIdle(engine);
+  }
+  const EngineStats stats = engine.stats();
+  EXPECT_EQ(stats.prompt_tokens_total, 20u);
+  EXPECT_EQ(stats.cached_prompt_tokens_total, 8u);
+  EXPECT_EQ(stats.generated_tokens_total, 6u);
+  EXPECT_EQ(stats.plans_total, 6u);
+  EXPECT_EQ(stats.kv_blocks_total, 16);
+  EXPECT_EQ(stats.epoch, 1u);
+  EXPECT_EQ(std::get<FinishEvent>(events.back()).cached_prompt_tokens, 8);
+}
+
+TEST_F(EngineTest, KeepsTheGroupWhenNewsOfAnOlderOneComesLate) {
+  struct Late : FakeStages {
+    using FakeStages::FakeStages;
+    std::deque<step::ExecutorEvent> late;
+    step::ExecutorEvent Poll(std::chrono::microseconds timeout) override {
+      if (late.empty()) return FakeStages::Poll(timeout);
+      step::ExecutorEvent event = std::move(late.front());
+      late.pop_front();
+      return event;
+    }
+  } old_news(kVocab, true);
+  Engine engine({}, old_news);
+  old_news.Assemble(5, kLimits, 1);
+  engine.Step(0, std::chrono::microseconds(0));
+  old_news.late = {step::GroupReady{.epoch = 4, .limits = kLimits, .stages = 3}, step::GroupLost{.epoch = 4, .reason = "old"}};
+  engine.Step(1, std::chrono::microseconds(0));
+  engine.Step(2, std::chrono::microseconds(0));
+  EXPECT_EQ(engine.stats().epoch, 5u);
+  EXPECT_EQ(engine.stats().stages, 1);
+  EXPECT_TRUE(engine.stats().group_ready);
+}
+
 TEST_F(EngineTest, AnswersRequestsFromManyThreadsAsIfEachWereAlone) {
   constexpr int kThreads = 3, kEach = 40;
   Engine engine({.queue_capacity = 16}, stages);

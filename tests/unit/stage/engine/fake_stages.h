@@ -148,7 +148,7 @@ inline Alone AloneTokens(const Prompt& prompt, int32_t vocab) {
   }
 }
 
-class FakeStages final : public step::Executor {
+class FakeStages : public step::Executor {
  public:
   // With `automatic`, Poll executes the next queued plan by itself; else ExecuteNext() does.
   FakeStages(int32_t vocab, bool automatic) : vocab_(vocab), automatic_(automatic) {}

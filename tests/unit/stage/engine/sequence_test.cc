@@ -118,6 +118,18 @@ TEST(BlockContent, IsEqualIffNothingThatItsKvDependsOnDiffers) {
   EXPECT_NE(changed([](Request& r) { r.vision[0].runs = {{0, 1}, {2, 3}}; }), content) << "other rows at the same tokens";
 }
 
+TEST(BlockContent, TellsTheRowsOfOnePictureFromThoseOfAnEqualOne) {
+  // Block 1 shows rows 4..7 of the first picture, or rows 0..3 of the second, which is the same picture.
+  const auto content = [](std::vector<std::pair<int32_t, int32_t>> first, std::vector<std::pair<int32_t, int32_t>> second) {
+    Request request{.id = 1, .tokens = std::vector<int32_t>(16, 9), .positions = std::vector<step::Position>(16), .max_tokens = 1};
+    auto input = std::make_shared<step::VisionInput>();
+    input->grid = {1, 4, 8};
+    request.vision = {{.input = input, .runs = std::move(first), .content_hash = "cat"}, {.input = input, .runs = std::move(second), .content_hash = "cat"}};
+    return Sequence(std::move(request), 0, 0).BlockContent(1, 4);
+  };
+  EXPECT_NE(content({{0, 8}}, {{8, 8}}), content({{0, 4}, {8, 4}}, {{4, 4}, {12, 4}}));
+}
+
 TEST(BlockContent, OfAPictureWithoutAContentHashIsLikeNoOther) {
   const auto content = [](step::VisionId id) {
     Request request = Valid();

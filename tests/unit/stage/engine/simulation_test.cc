@@ -77,7 +77,7 @@ class World {
     if (epoch_ == 0 || Chance(3)) {  // the first, or one of another size
       limits_.block_tokens = Pick(1, 6);
       limits_.max_sequence_tokens = Pick(20, 60);
-      limits_.block_count = Pick(8, 24) * 4 / limits_.block_tokens + 1;
+      limits_.block_count = Pick(5, 20) * 4 / limits_.block_tokens + 1;
       limits_.max_slots = Pick(1, 8);
       limits_.max_batch_tokens = Pick(1, 24);
       limits_.vocab_size = kVocab;
