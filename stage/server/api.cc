@@ -53,8 +53,7 @@ Api::Api(const Options& options, const Dependencies& dependencies)
     : options_(options),
       deps_(dependencies),
       builder_(dependencies.assets, dependencies.fetcher),
-      admission_(options.vision_bytes_max),
-      connections_([] { return 0; }),
+      shared_(std::make_shared<GenerationShared>(options.vision_bytes_max)),
       workers_(options.workers, options.worker_queue) {}
 
 Api::~Api() { workers_.Stop(); }
@@ -64,21 +63,19 @@ GenerationContext Api::Context() {
           .engine = deps_.engine,
           .metrics = deps_.metrics,
           .clock = deps_.clock,
-          .admission = admission_,
-          .live = live_,
-          .next_id = next_id_};
+          .shared = shared_};
 }
 
 std::string Api::NotReadyReason() const {
-  if (admission_.draining()) return "draining";
+  if (shared_->admission.draining()) return "draining";
   const engine::EngineStats stats = deps_.engine.stats();
   if (stats.group_ready) return "";
+  const std::string detail = probes_.waiting_for ? probes_.waiting_for() : "";
+  if (!detail.empty()) return "waiting for " + detail;
   return stats.group_lost_reason.empty() ? "waiting for the stages" : stats.group_lost_reason;
 }
 
-void Api::StartDraining() {
-  admission_.StartDraining();
-}
+void Api::StartDraining() { shared_->admission.StartDraining(); }
 
 std::optional<HttpResponse> Api::Precheck(const HttpRequest& request) const {
   const Route* route = FindRoute(request.path);
@@ -101,12 +98,10 @@ std::optional<HttpResponse> Api::Precheck(const HttpRequest& request) const {
     }
   }
   if (route->generates) {
-    if (admission_.draining()) return ErrorResponse(Unavailable("the server is shutting down", 5));
+    if (shared_->admission.draining()) return ErrorResponse(Unavailable("the server is shutting down", 5));
     // A group that is lost after it once served comes back within seconds: requests wait for it in the queue. Before the
     // first group, stages are loading, which can take minutes.
-    if (const auto stats = deps_.engine.stats(); stats.epoch == 0) {
-      return ErrorResponse(Unavailable("the model is loading: " + stats.group_lost_reason, 10));
-    }
+    if (deps_.engine.stats().epoch == 0) return ErrorResponse(Unavailable("the model is loading: " + NotReadyReason(), 10));
   }
   return std::nullopt;
 }
@@ -140,7 +135,7 @@ void Api::Handle(HttpRequest request, std::shared_ptr<ResponseWriter> writer) {
     case Endpoint::kLoad:
       return writer->Reply(Load());
     default:
-      return writer->Reply(JsonResponse({{"status", "ok"}}));
+      return writer->Reply(Health());
   }
 }
 
@@ -282,6 +277,13 @@ HttpResponse Api::Models(const std::string& path) const {
   return JsonResponse(model);
 }
 
+HttpResponse Api::Health() const {
+  if (!probes_.alive || probes_.alive()) return JsonResponse({{"status", "ok"}});
+  HttpResponse response = JsonResponse({{"status", "stuck"}});
+  response.status = 500;
+  return response;
+}
+
 HttpResponse Api::Ready() const {
   const std::string reason = NotReadyReason();
   if (reason.empty()) return JsonResponse({{"status", "ready"}});
@@ -292,7 +294,7 @@ HttpResponse Api::Ready() const {
 }
 
 HttpResponse Api::MetricsText() {
-  return {.body = deps_.metrics.Scrape(deps_.engine.stats(), connections_()), .content_type = "text/plain; version=0.0.4; charset=utf-8"};
+  return {.body = deps_.metrics.Scrape(deps_.engine.stats(), probes_.connections ? probes_.connections() : 0), .content_type = "text/plain; version=0.0.4; charset=utf-8"};
 }
 
 HttpResponse Api::Load() const {

@@ -5,6 +5,7 @@
 // Lifetime: everything in Dependencies outlives it; the HttpServer that calls it and the engine thread stop before it goes.
 #pragma once
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -38,6 +39,12 @@ class Api {
     const UrlFetcher& fetcher;
     const ApiKeys& keys;
   };
+  // What only main's other rooms know; called from any thread. Unset: no connections, alive, no detail.
+  struct Probes {
+    std::function<int()> connections;
+    std::function<bool()> alive;              // false: /healthz is 500 and the process should be restarted
+    std::function<std::string()> waiting_for;  // while not ready: "stage 2 (loading 41 %)"
+  };
   Api(const Options& options, const Dependencies& dependencies);
   ~Api();  // stops the workers
   Api(const Api&) = delete;
@@ -48,11 +55,11 @@ class Api {
   void Handle(HttpRequest request, std::shared_ptr<ResponseWriter> writer);
 
   void StartDraining();             // not ready; new completions are 503
-  void CutAll() { live_.CutAll(); }  // what still runs ends with an error event
-  bool idle() const { return live_.size() == 0 && queued_ == 0; }
+  void CutAll() { shared_->live.CutAll(); }  // what still runs ends with an error event
+  bool idle() const { return shared_->live.size() == 0 && queued_ == 0; }
   // Why not ready, or empty.
   std::string NotReadyReason() const;
-  void set_connections(std::function<int()> count) { connections_ = std::move(count); }  // before serving starts
+  void set_probes(Probes probes) { probes_ = std::move(probes); }  // before serving starts
 
  private:
   struct Route;
@@ -64,6 +71,7 @@ class Api {
   HttpResponse Tokenize(const Json& body) const;
   HttpResponse Detokenize(const Json& body) const;
   HttpResponse Models(const std::string& path) const;
+  HttpResponse Health() const;
   HttpResponse Ready() const;
   HttpResponse MetricsText();
   HttpResponse Load() const;
@@ -73,11 +81,9 @@ class Api {
   const Options options_;
   const Dependencies deps_;
   const PromptBuilder builder_;
-  Admission admission_;
-  LiveGenerations live_;
-  std::atomic<uint64_t> next_id_{1};
+  const std::shared_ptr<GenerationShared> shared_;
   std::atomic<int> queued_{0};  // waiting for or on a worker
-  std::function<int()> connections_;
+  Probes probes_;
   WorkerPool workers_;  // last: stops before what its tasks use goes
 };
 

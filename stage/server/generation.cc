@@ -46,13 +46,13 @@ Generation::Generation(const GenerationContext& context, GenerationPlan plan, st
     prompt_tokens_ += static_cast<int64_t>(built.tokens.size());
     if (options.return_token_ids) prompt_token_ids_.push_back(built.tokens);
     for (int32_t i = 0; i < options.n; ++i) {
-      choices_.push_back({.id = context_.next_id++, .prompt = static_cast<int32_t>(prompt), .stream = ChoiceStream(*context_.assets.tokenizer, stream)});
+      choices_.push_back({.id = context_.shared->next_id++, .prompt = static_cast<int32_t>(prompt), .stream = ChoiceStream(*context_.assets.tokenizer, stream)});
     }
   }
   remaining_ = choices_.size();
 }
 
-Generation::~Generation() { context_.live.Remove(this); }
+Generation::~Generation() { context_.shared->live.Remove(this); }
 
 OrError<engine::Request> Generation::MakeRequest(int32_t index, std::vector<BuiltPrompt>& prompts) {
   const GenerationOptions& options = plan_.options;
@@ -74,7 +74,7 @@ OrError<engine::Request> Generation::MakeRequest(int32_t index, std::vector<Buil
   for (const auto& span : prompt.vision) {
     // The stages key pixels by id and drop them with their sequence, so every choice has an id, and a copy, of its own.
     auto input = last ? std::const_pointer_cast<step::VisionInput>(span.input) : std::make_shared<step::VisionInput>(*span.input);
-    input->id = context_.next_id++;
+    input->id = context_.shared->next_id++;
     request.vision.push_back({.input = std::move(input), .runs = span.runs, .content_hash = span.content_hash});
   }
   request.tokens = last ? std::move(prompt.tokens) : prompt.tokens;
@@ -92,10 +92,10 @@ OrError<engine::Request> Generation::MakeRequest(int32_t index, std::vector<Buil
 }
 
 void Generation::Start() {
-  context_.live.Add(shared_from_this());
+  context_.shared->live.Add(shared_from_this());
   int64_t vision_bytes = 0;
   for (const auto& prompt : plan_.prompts) vision_bytes += prompt.vision_bytes * plan_.options.n;
-  if (vision_bytes > 0 && !context_.admission.Reserve(vision_bytes, vision_bytes_)) {
+  if (vision_bytes > 0 && !context_.shared->admission.Reserve(vision_bytes, vision_bytes_)) {
     return Fail(Overloaded("too many images and videos are being served: try again later"));
   }
   std::vector<engine::Request> requests;
@@ -239,7 +239,7 @@ void Generation::Abandon() {
 }
 
 void Generation::Complete() {
-  context_.live.Remove(this);
+  context_.shared->live.Remove(this);
   vision_bytes_ = ByteReservation();
   context_.metrics.ObserveRequest(static_cast<double>(context_.clock.NowMicros() - plan_.arrival_micros) * 1e-6);
   if (abandoned_) return Log(499, "abort");  // nginx's number for a client that closed the request

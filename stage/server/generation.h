@@ -41,15 +41,22 @@ class LiveGenerations {
   std::unordered_map<Generation*, std::weak_ptr<Generation>> live_;  // guarded by mutex_
 };
 
-// What generations use of the rest of the process; all of it outlives them.
+// What all generations of a process share. In a shared_ptr, because a generation that the engine still holds when the
+// process ends may be destroyed after the Api.
+struct GenerationShared {
+  explicit GenerationShared(int64_t vision_bytes_max) : admission(vision_bytes_max) {}
+  Admission admission;
+  LiveGenerations live;
+  std::atomic<uint64_t> next_id{1};  // for sequences and vision inputs; unique for the life of the process
+};
+
+// What generations use of the rest of the process; it outlives their last event.
 struct GenerationContext {
   const ModelAssets& assets;
   engine::Engine& engine;
   Metrics& metrics;
   const Clock& clock;
-  Admission& admission;
-  LiveGenerations& live;
-  std::atomic<uint64_t>& next_id;  // for sequences and vision inputs; unique for the life of the process
+  std::shared_ptr<GenerationShared> shared;
 };
 
 // A request that is ready to run.
