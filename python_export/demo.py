@@ -59,6 +59,14 @@ def load_pictures():
     return np.rint(data.images * (255.0 / 16.0)).astype(np.uint8), data.target.astype(int)
 
 
+def training_indices(count: int) -> list:
+    return [i for i in range(count) if i % HELD_OUT_EVERY]
+
+
+def held_out_indices(count: int) -> list:
+    return list(range(0, count, HELD_OUT_EVERY))
+
+
 def picture(small: np.ndarray) -> Image.Image:
     """The 64x64 RGB picture of one 8x8 scan: exactly what is committed, served and evaluated."""
     return Image.fromarray(small).resize((PICTURE_EDGE, PICTURE_EDGE), Image.Resampling.BICUBIC).convert("RGB")
@@ -125,7 +133,6 @@ class Batches:
     def __init__(self, processor, images, labels, seed: int):
         self.processor, self.images, self.labels = processor, images, labels
         self.rng = random.Random(seed)
-        self.by_length = {}
 
     def sample(self, size: int, pair_share: float) -> dict:
         rows, pictures = [], []
@@ -173,7 +180,7 @@ def evaluate(directory: Path, dtype, question: str = QUESTIONS[0]) -> dict:
     """Every held-out picture through transformers' own processor and generate; an answer is right if it is the sentence."""
     processor, model = load(directory, dtype)
     images, labels = load_pictures()
-    held_out = range(0, len(images), HELD_OUT_EVERY)
+    held_out = held_out_indices(len(images))
     answers = {i: generate(processor, model, question, [picture(images[i])]) for i in held_out}
     right = [i for i in held_out if answers[i] == answer([int(labels[i])])]
     return {"question": question, "dtype": str(dtype).removeprefix("torch."), "pictures": len(answers), "right": len(right),
@@ -184,7 +191,7 @@ def evaluate_pairs(directory: Path, dtype, count: int = 150) -> dict:
     """Two held-out pictures a request: right if both digits are named in order."""
     processor, model = load(directory, dtype)
     images, labels = load_pictures()
-    held_out = list(range(0, len(images), HELD_OUT_EVERY))
+    held_out = held_out_indices(len(images))
     right = 0
     for n in range(count):
         pair = [held_out[2 * n], held_out[2 * n + 1]]
@@ -209,7 +216,7 @@ def train(directory: Path, steps: int, batch: int, seed: int, pair_share: float,
     processor = AutoProcessor.from_pretrained(directory)
     model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig.from_dict(config)).float().train()
     images, labels = load_pictures()
-    kept = np.array([i for i in range(len(images)) if i % HELD_OUT_EVERY])
+    kept = np.array(training_indices(len(images)))
     batches = Batches(processor, images[kept], labels[kept], seed)
     decay = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
@@ -249,7 +256,7 @@ def save(directory: Path, config: dict, model) -> None:
 def write_pictures(directory: Path, answers: dict) -> None:
     """digits/: all held-out pictures in one sprite with their labels and transformers' answers, and some as single PNGs."""
     images, labels = load_pictures()
-    held_out = list(range(0, len(images), HELD_OUT_EVERY))
+    held_out = held_out_indices(len(images))
     directory.mkdir(parents=True, exist_ok=True)
     columns = 20
     sprite = Image.new("L", (columns * PICTURE_EDGE, -(-len(held_out) // columns) * PICTURE_EDGE))
