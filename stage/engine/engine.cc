@@ -155,6 +155,8 @@ void Engine::UpdateStats(int64_t now_micros) {
   stats_.running = scheduler_.running_count();
   stats_.waiting = scheduler_.waiting_count();
   stats_.plans_in_flight = scheduler_.plans_in_flight();
+  stats_.max_request_tokens =
+      static_cast<int32_t>(std::min<int64_t>(limits_.max_sequence_tokens, int64_t{limits_.block_count} * limits_.block_tokens));
   stats_.kv_blocks_total = scheduler_.blocks_total();
   stats_.kv_blocks_used = scheduler_.blocks_used();
   stats_.kv_blocks_cached = scheduler_.blocks_cached();

@@ -31,6 +31,7 @@ struct EngineStats {
   int32_t running = 0;              // sequences that hold a slot and blocks
   int32_t waiting = 0;              // submitted or preempted, not running
   int32_t plans_in_flight = 0;
+  int32_t max_request_tokens = 0;   // prompt + output that fit: the group's limit or its KV cache; 0 before the first group
   int32_t kv_blocks_total = 0;
   int32_t kv_blocks_used = 0;       // referenced by a sequence
   int32_t kv_blocks_cached = 0;     // referenced by none, kept for the prefix cache; taken back when needed

@@ -41,6 +41,7 @@ struct FinishEvent {
   int32_t stop_token = -1;  // the id that ended it (also delivered as TokenEvent), or -1
   std::string error;        // for kError
   int32_t cached_prompt_tokens = 0;
+  int64_t queued_micros = -1;  // from the engine's inbox to the first admission; -1 when it was never admitted
 };
 using RequestEvent = std::variant<TokenEvent, FinishEvent>;
 

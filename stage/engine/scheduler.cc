@@ -22,6 +22,7 @@ void Remove(std::vector<T*>& list, const T* item) {
 
 struct Scheduler::Draft {
   ScheduledStep step;
+  int64_t now_micros = 0;
   int32_t budget = 0;        // tokens that still fit
   int64_t start_tokens = 0;  // in plan.starts
   std::vector<std::pair<Sequence*, bool>> parts;
@@ -81,6 +82,7 @@ void Scheduler::StartOver(uint64_t epoch, const step::PlanLimits& limits, int32_
 
 void Scheduler::Finish(Sequence& sequence, FinishEvent event) {
   event.cached_prompt_tokens = sequence.cached_prompt_tokens;
+  event.queued_micros = sequence.queued_micros;
   events_.push_back({sequence.id(), std::move(event)});
   for (size_t i = 0; i < sequence.vision_sent.size(); ++i) {
     // Plans in flight may still use it: the release goes out with a later plan, and plans are executed in order.
@@ -131,7 +133,7 @@ std::optional<int64_t> Scheduler::waiting_since() const {
 std::optional<ScheduledStep> Scheduler::Schedule(int64_t now_micros) {
   if (committed_since_) counters_.last_step_micros = now_micros - *std::exchange(committed_since_, std::nullopt);
   if (!ready_ || plans_in_flight() >= stages_) return std::nullopt;
-  Draft draft{.budget = limits_.max_batch_tokens};
+  Draft draft{.now_micros = now_micros, .budget = limits_.max_batch_tokens};
   const size_t live = sequences_.size();
   AddDecodes(draft);
   AddPrefills(draft);
@@ -186,6 +188,7 @@ void Scheduler::AdmitWaiting(Draft& draft) {
   while (!waiting_.empty() && !free_slots_.empty() && draft.budget > 0) {
     Sequence& sequence = *waiting_.front();
     if (!Admit(sequence)) return;  // first come, first served: nobody overtakes
+    if (sequence.queued_micros < 0) sequence.queued_micros = draft.now_micros - sequence.submitted_micros;
     AddSpan(sequence, std::min(sequence.pending(), draft.budget), draft);
   }
 }

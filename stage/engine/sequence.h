@@ -54,6 +54,7 @@ struct Sequence {
   PrefixCache::Node node;         // the last of them
   bool publishing = true;         // false once the chain in the cache is broken
   bool admitted_before = false;
+  int64_t queued_micros = -1;         // submitted to first admitted; -1 before it
   int32_t cached_prompt_tokens = 0;   // found in the prefix cache at the first admission
   std::vector<uint8_t> vision_sent;   // (inputs): stage 0 holds the pixels or features
 
