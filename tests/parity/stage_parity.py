@@ -7,6 +7,7 @@ that sequence is compared up to the tie and counted. Runs of each checkpoint:
   one stage            router ties as torch.topk happens to decide them: unmodified transformers
   several stages       the same
   lowest (MoE, bf16)   one stage, our rule for router ties (lowest expert), against transformers with that rule in its router
+  exported             one stage, out of the folder that python_export writes for it
   chunked (fp32)       several stages, prompts in chunks of 7 tokens. Not in bf16: a chunk's GEMMs round otherwise than the
                        whole prompt's, which bf16 shows in the last bit, and then in the router's choice
 """
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # python_export, when run by hand
-from python_export import tiny  # noqa: E402
+from python_export import export, tiny  # noqa: E402
 from python_export.oracle import Oracle  # noqa: E402
 
 import parity_requests as cases  # noqa: E402  (this folder's)
@@ -123,8 +124,8 @@ def run_case(name: str, dtype: str, dumper: str, folder: Path) -> list:
             if oracle.ties_decided:
                 comparison.label += f" ({oracle.ties_decided} router ties)"
             out = folder / "dump.safetensors"
-            command = [dumper, "--checkpoint", str(checkpoint), "--request", str(request), "--out", str(out), "--dtype",
-                       dtype, "--steps", str(STEPS), "--threads", "1", *flags]
+            command = [dumper, "--request", str(request), "--out", str(out), "--dtype", dtype, "--steps", str(STEPS),
+                       "--threads", "1", *flags]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 comparison.failures.append(f"qp_dump_stage exited with {done.returncode}: {done.stderr[-800:]}")
@@ -136,12 +137,17 @@ def run_case(name: str, dtype: str, dumper: str, folder: Path) -> list:
 
     oracle = Oracle(checkpoint, getattr(torch, dtype))
     split = split_layers(len(oracle.decoder.layers), oracle.vision)
-    runs = {"one stage": ["--ties", "topk"], f"stages {split}": ["--ties", "topk", "--stages", split]}
+    export.export(checkpoint, folder / "export", stages=1)
+    source = ["--checkpoint", str(checkpoint)]
+    exported = ["--checkpoint", str(folder / "export" / "stage-00-of-01")]
+    runs = {"one stage": source + ["--ties", "topk"], f"stages {split}": source + ["--ties", "topk", "--stages", split],
+            "exported": exported + ["--ties", "topk"]}
     if dtype == "float32":
-        runs["chunked"] = ["--ties", "topk", "--stages", split, "--chunk", "7"]
+        runs["chunked"] = source + ["--ties", "topk", "--stages", split, "--chunk", "7"]
     compare(oracle, runs)
     if dtype == "bfloat16" and hasattr(oracle.model.config.get_text_config(), "num_experts_per_tok"):
-        compare(Oracle(checkpoint, getattr(torch, dtype), router_ties="lowest"), {"lowest": ["--ties", "lowest"]})
+        compare(Oracle(checkpoint, getattr(torch, dtype), router_ties="lowest"),
+                {"lowest": source + ["--ties", "lowest"]})
     return results
 
 
