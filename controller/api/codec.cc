@@ -203,7 +203,7 @@ void ParseEngine(Object& o, Engine& engine) {
   o.Integer("blockTokens", engine.block_tokens, 1, 256);
   o.Integer("maxBatchTokens", engine.max_batch_tokens, 16, 65536);
   o.Integer("maxSequences", engine.max_sequences, 1, 4096);
-  o.Integer("queueLimit", engine.queue_limit, 0, 1000000);
+  o.Integer("queueLimit", engine.queue_limit, 1, 1 << 20);
   o.Integer("kvCacheTokens", engine.kv_cache_tokens, 1, int64_t{1} << 40);
   o.Integer("threads", engine.threads, 1, 1024);
   if (engine.max_batch_tokens < engine.max_sequences)
