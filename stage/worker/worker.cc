@@ -325,7 +325,8 @@ void Worker::ExecuteNext(uint64_t generation, Work work) {
     return;
   }
   ReportFailure(generation, status);
-  DropEdges();  // so that the neighbours notice now and not when the head tells them
+  FlushChannel();  // the cause should reach the head before the neighbours' complaints about the closed edge
+  DropEdges();     // so that they notice now and not when the head tells them
 }
 
 void Worker::Assemble(uint64_t generation) {
@@ -477,11 +478,18 @@ void Worker::EndEpochLocked(const Status& reason, std::optional<Target> next) {
 }
 
 void Worker::Leave(const std::string& reason) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    SendLocked(Message(transport::Failure{.epoch = 0, .code = FailureCode::kLeaving, .reason = reason.substr(0, 1024), .fatal = false, .hmac = {}}));
+  }
+  FlushChannel();
+}
+
+void Worker::FlushChannel() {
   std::shared_ptr<transport::ControlChannel> channel;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     channel = channel_;
-    SendLocked(Message(transport::Failure{.epoch = 0, .code = FailureCode::kLeaving, .reason = reason.substr(0, 1024), .fatal = false, .hmac = {}}));
   }
   if (channel) (void)channel->Flush(kFlushTimeout);
 }

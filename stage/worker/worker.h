@@ -127,6 +127,7 @@ class Worker {
   void AbortEdgesLocked(const Status& reason);
   void ClearQueueLocked();
   void Leave(const std::string& reason);  // tells the head
+  void FlushChannel();                    // REQUIRES: mutex_ is not held
   void Finish(contract::ExitCode code, Status status);
   void SetPhase(Phase phase);
   void SendLocked(const transport::Message& message);

@@ -1,0 +1,155 @@
+#include "stage/worker/model_compute.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <dlfcn.h>
+
+#include <cstring>
+#include <fstream>
+#include <optional>
+
+#include "stage/base/log.h"
+#include "stage/sampling/sampler.h"
+#include "stage/vision/vision_tower.h"
+
+namespace qwen::worker {
+namespace {
+
+Result<at::ScalarType> DtypeOf(const std::string& name, const contract::ModelShape& shape) {
+  if (name == "float32") return at::kFloat;
+  if (name == "bfloat16") return at::kBFloat16;
+  if (name != "auto") return InvalidArgumentError("dtype: " + name + " is not auto, float32 or bfloat16");
+  return shape.dtype == contract::Dtype::kFloat32 ? at::kFloat : at::kBFloat16;  // FP8 weights are multiplied out to bf16
+}
+
+// Opens LibTorch's CUDA part at start, so that a CPU stage needs no CUDA library at all.
+Result<at::Device> OpenDevice(const std::string& name) {
+  if (name == "cpu") return at::Device(at::kCPU);
+  if (name != "cuda") return InvalidArgumentError("device: " + name + " is not cpu or cuda");
+  if (dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL) == nullptr) return UnavailableError(std::string("device cuda: ") + dlerror());
+  if (!at::hasCUDA()) return UnavailableError("device cuda: no GPU that LibTorch can use");
+  return at::Device(at::kCUDA, 0);
+}
+
+// Free bytes of the device's memory; -1 when the system does not say.
+int64_t FreeBytes(const at::Device& device) {
+  if (device.is_cuda()) {
+    // libcudart comes with LibTorch; this file is compiled without CUDA's headers.
+    const auto query = reinterpret_cast<int (*)(size_t*, size_t*)>(dlsym(RTLD_DEFAULT, "cudaMemGetInfo"));
+    size_t free = 0, total = 0;
+    return query != nullptr && query(&free, &total) == 0 ? static_cast<int64_t>(free) : -1;
+  }
+  std::ifstream meminfo("/proc/meminfo");
+  for (std::string key, unit; meminfo >> key;) {
+    int64_t kibibytes = 0;
+    meminfo >> kibibytes;
+    std::getline(meminfo, unit);
+    if (key == "MemAvailable:") return kibibytes << 10;
+  }
+  return -1;
+}
+
+class ModelCompute final : public StageCompute {
+ public:
+  ModelCompute(std::unique_ptr<model::StageModel> model, const transport::StageCapacity& capacity)
+      : model_(std::move(model)), capacity_(capacity) {
+    Reset();
+  }
+
+  transport::StageCapacity capacity() const override { return capacity_; }
+  step::ActivationSizes activation_sizes() const override { return model_->activation_sizes(); }
+  int32_t vocab_size() const override { return model_->shape().vocab; }
+
+  void Reset() override {
+    model_->Reset();
+    if (model_->last()) sampler_.emplace(sampling::Sampler::Options{.max_slots = capacity_.max_slots});
+  }
+
+  Status AddVision(const step::VisionInput& input) override { return model_->AddVision(input); }
+
+  Status Forward(const step::StepPlan& plan, std::span<const std::byte> in, std::span<std::byte> out,
+                 std::vector<step::SampledToken>& samples) override {
+    try {
+      ASSIGN_OR_RETURN(model::StageOutput output, model_->Forward(plan, Unpack(plan, in)));
+      if (!model_->last()) return Pack(output.activations, out);
+      ASSIGN_OR_RETURN(step::StepResult result, sampler_->Step(plan, output.logits));
+      samples = std::move(result.samples);
+      return OkStatus();
+    } catch (const c10::Error& error) {  // of the copies below; the model keeps its own
+      return InternalError(std::string("activations: ") + error.what_without_backtrace());
+    }
+  }
+
+ private:
+  // Views on `in` for the CPU, copies for a GPU. `in` outlives the call, and the model keeps nothing of its input.
+  model::StageActivations Unpack(const step::StepPlan& plan, std::span<const std::byte> in) const {
+    if (model_->first()) return {};
+    const auto shape = step::ActivationsBefore(model_->options().layers.begin, plan, model_->activation_sizes());
+    QP_CHECK_EQ(static_cast<int64_t>(in.size()), shape.total_bytes());
+    const int64_t hidden = model_->shape().hidden;
+    const auto options = at::TensorOptions().dtype(model_->options().dtype);
+    auto* bytes = const_cast<std::byte*>(in.data());  // from_blob has no const form; the model does not write to its input
+    model::StageActivations activations;
+    activations.hidden = at::from_blob(bytes, {shape.tokens, hidden}, options).to(model_->options().device);
+    if (shape.deepstack_bytes > 0) {
+      activations.deepstack =
+          at::from_blob(bytes + shape.hidden_bytes, {shape.taps, shape.visual_tokens, hidden}, options).to(model_->options().device);
+    }
+    return activations;
+  }
+
+  static Status Pack(const model::StageActivations& activations, std::span<std::byte> out) {
+    size_t at = 0;
+    for (const at::Tensor& tensor : {activations.hidden, activations.deepstack}) {
+      if (!tensor.defined()) continue;
+      const at::Tensor host = tensor.contiguous().cpu();
+      const size_t bytes = host.nbytes();
+      QP_CHECK_LE(at + bytes, out.size());
+      std::memcpy(out.data() + at, host.const_data_ptr(), bytes);
+      at += bytes;
+    }
+    QP_CHECK_EQ(at, out.size());
+    return OkStatus();
+  }
+
+  const std::unique_ptr<model::StageModel> model_;
+  const transport::StageCapacity capacity_;
+  std::optional<sampling::Sampler> sampler_;  // last stage
+};
+
+}  // namespace
+
+Result<std::unique_ptr<StageCompute>> LoadModelCompute(weights::Checkpoint& checkpoint, const contract::ModelShape& shape,
+                                                       const ModelComputeOptions& options, const LoadProgress& progress) {
+  if (options.threads > 0) at::set_num_threads(options.threads);  // a setting of the calling thread, which will compute
+  ASSIGN_OR_RETURN(const at::Device device, OpenDevice(options.device));
+  ASSIGN_OR_RETURN(const at::ScalarType dtype, DtypeOf(options.dtype, shape));
+  const contract::Dtype held = dtype == at::kFloat ? contract::Dtype::kFloat32 : contract::Dtype::kBFloat16;
+  const int64_t weight_bytes = contract::WeightBytes(shape, options.layers, held).total();
+  const KvSizingInput sizing_input{.free_bytes = FreeBytes(device),
+                                   .weight_bytes = weight_bytes,
+                                   .kv_bytes_per_token = contract::KvBytesPerToken(shape, options.layers, held),
+                                   .max_positions = shape.max_positions};
+  ASSIGN_OR_RETURN(const KvSizing sizing, SizeKv(options, sizing_input));
+  log::Info("loading", {{"stage", options.stage}, {"layers", contract::ToString(options.layers)}, {"device", options.device},
+                        {"dtype", c10::toString(dtype)}, {"weight_bytes", weight_bytes}, {"kv_blocks", sizing.blocks},
+                        {"max_sequence_tokens", sizing.max_sequence_tokens}});
+  model::StageModelOptions model_options{.layers = options.layers,
+                                         .stage = options.stage,
+                                         .stages = options.stages,
+                                         .device = device,
+                                         .dtype = dtype,
+                                         .block_tokens = options.block_tokens,
+                                         .block_count = sizing.blocks};
+  if (options.stage == 0 && shape.vision) model_options.vision = vision::EncoderFactory(shape, {.device = device, .dtype = dtype});
+  ASSIGN_OR_RETURN(auto model, model::StageModel::Load(checkpoint, shape, model_options, progress));
+  const transport::StageCapacity capacity{.block_tokens = options.block_tokens,
+                                          .block_count = sizing.blocks,
+                                          .max_slots = options.max_sequences,
+                                          .max_batch_tokens = options.max_batch_tokens,
+                                          .max_sequence_tokens = sizing.max_sequence_tokens,
+                                          .weight_bytes = weight_bytes};
+  return std::unique_ptr<StageCompute>(new ModelCompute(std::move(model), capacity));
+}
+
+}  // namespace qwen::worker
