@@ -27,7 +27,8 @@ Status Engine::Submit(Request request) {
       RETURN_IF_ERROR(ValidateRequestLimits(request, static_cast<int32_t>(request.tokens.size()), limits_));
     }
     if (static_cast<int64_t>(inbox_.size()) + stats_.waiting >= options_.queue_capacity) {
-      return ResourceExhaustedError("the queue of " + std::to_string(options_.queue_capacity) + " waiting requests is full");
+      return ResourceExhaustedError("the queue of " + std::to_string(options_.queue_capacity) +
+                                    " waiting requests is full");
     }
     if (!live_.insert(request.id).second) return InvalidArgumentError("id: " + std::to_string(request.id) + " is live");
     inbox_.push_back(std::move(request));
@@ -92,7 +93,9 @@ void Engine::TakeInbox(int64_t now_micros) {
 void Engine::SubmitPlans(int64_t now_micros) {
   while (std::optional<ScheduledStep> next = scheduler_.Schedule(now_micros)) {
     Status sent = OkStatus();
-    for (size_t i = 0; i < next->vision.size() && sent.ok(); ++i) sent = executor_.SubmitVision(std::move(next->vision[i]));
+    for (auto& input : next->vision) {
+      if (sent.ok()) sent = executor_.SubmitVision(std::move(input));
+    }
     if (sent.ok()) sent = executor_.Submit(next->plan);
     // The plan counts as in flight although nobody has it: it is void with the epoch, like all the others.
     if (!sent.ok()) LoseGroup(sent.ToString());
@@ -116,8 +119,10 @@ void Engine::Handle(const step::ExecutorEvent& event) {
       limits_ = ready->limits;
       stats_.group_lost_reason.clear();
     }
-    log::Info("engine starts over with a new group",
-              {{"epoch", ready->epoch}, {"stages", ready->stages}, {"blocks", ready->limits.block_count}, {"sequences", scheduler_.waiting_count()}});
+    log::Info("engine starts over with a new group", {{"epoch", ready->epoch},
+                                                      {"stages", ready->stages},
+                                                      {"blocks", ready->limits.block_count},
+                                                      {"sequences", scheduler_.waiting_count()}});
   } else if (const auto* lost = std::get_if<step::GroupLost>(&event)) {
     if (scheduler_.stages() == 0 || lost->epoch >= scheduler_.epoch()) LoseGroup(lost->reason);
   }
@@ -125,7 +130,7 @@ void Engine::Handle(const step::ExecutorEvent& event) {
 }
 
 void Engine::LoseGroup(std::string reason) {
-  if (scheduler_.ready()) log::Warning("group lost, sequences wait", {{"epoch", scheduler_.epoch()}, {"reason", reason}});
+  if (scheduler_.ready()) log::Warning("group lost", {{"epoch", scheduler_.epoch()}, {"reason", reason}});
   scheduler_.Suspend();
   std::lock_guard<std::mutex> lock(mutex_);
   stats_.group_lost_reason = std::move(reason);
@@ -155,8 +160,8 @@ void Engine::UpdateStats(int64_t now_micros) {
   stats_.running = scheduler_.running_count();
   stats_.waiting = scheduler_.waiting_count();
   stats_.plans_in_flight = scheduler_.plans_in_flight();
-  stats_.max_request_tokens =
-      static_cast<int32_t>(std::min<int64_t>(limits_.max_sequence_tokens, int64_t{limits_.block_count} * limits_.block_tokens));
+  stats_.max_request_tokens = static_cast<int32_t>(
+      std::min<int64_t>(limits_.max_sequence_tokens, int64_t{limits_.block_count} * limits_.block_tokens));
   stats_.kv_blocks_total = scheduler_.blocks_total();
   stats_.kv_blocks_used = scheduler_.blocks_used();
   stats_.kv_blocks_cached = scheduler_.blocks_cached();

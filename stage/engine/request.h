@@ -24,7 +24,8 @@ class Constraint {
 
 struct VisionSpan {
   std::shared_ptr<const step::VisionInput> input;  // id unique per request and image
-  // Placeholder tokens of this input in `Request::tokens`, in order: (first token, count). A video has one run per frame pair.
+  // Placeholder tokens of this input in `Request::tokens`, in order: (first token, count). A video has one run per
+  // frame pair.
   std::vector<std::pair<int32_t, int32_t>> runs;
   std::string content_hash;  // of pixels and grid; equal content may share KV (prefix cache)
 };
@@ -46,14 +47,14 @@ struct FinishEvent {
 using RequestEvent = std::variant<TokenEvent, FinishEvent>;
 
 struct Request {
-  step::SequenceId id = 0;       // given by the server, unique
-  std::string log_id;            // request id for log lines
-  std::vector<int32_t> tokens;   // prompt, with one placeholder token per merged visual token
+  step::SequenceId id = 0;                // given by the server, unique
+  std::string log_id;                     // request id for log lines
+  std::vector<int32_t> tokens;            // prompt, with one placeholder token per merged visual token
   std::vector<step::Position> positions;  // one per prompt token
-  int32_t position_delta = 0;    // decode position of token i is i + delta on all three axes
+  int32_t position_delta = 0;             // decode position of token i is i + delta on all three axes
   std::vector<VisionSpan> vision;
-  step::SamplingParams params;   // params.stop_tokens end the sequence
-  int32_t max_tokens = 0;        // > 0; prompt + max_tokens <= max_sequence_tokens
+  step::SamplingParams params;  // params.stop_tokens end the sequence
+  int32_t max_tokens = 0;       // > 0; prompt + max_tokens <= max_sequence_tokens
   bool ignore_stop_tokens = false;
   std::unique_ptr<Constraint> constraint;  // may be null
   // Called on the engine thread, in order; must not block. The last call is a FinishEvent.

@@ -7,8 +7,8 @@
 namespace qwen::engine {
 namespace {
 
-// SequenceStarts carry whole histories: 2^20 tokens are at most 5 MiB on the wire. After a fault many long sequences may
-// be ready to sample in one plan (their prefixes shared), and a plan must stay far below the largest frame.
+// SequenceStarts carry whole histories: 2^20 tokens are at most 5 MiB on the wire. After a fault many long sequences
+// may be ready to sample in one plan (their prefixes shared), and a plan must stay far below the largest frame.
 constexpr int64_t kStartTokensMax = int64_t{1} << 20;
 
 int32_t CeilDivide(int32_t a, int32_t b) { return (a + b - 1) / b; }
@@ -54,7 +54,8 @@ void Scheduler::StartOver(uint64_t epoch, const step::PlanLimits& limits, int32_
   QP_CHECK_GT(limits.max_batch_tokens, 0);
   epoch_ = epoch;
   limits_ = limits;
-  if (options_.max_batch_tokens > 0) limits_.max_batch_tokens = std::min(limits.max_batch_tokens, options_.max_batch_tokens);
+  if (options_.max_batch_tokens > 0)
+    limits_.max_batch_tokens = std::min(limits.max_batch_tokens, options_.max_batch_tokens);
   stages_ = stages;
   next_step_ = 0;
   in_flight_.clear();
@@ -62,7 +63,8 @@ void Scheduler::StartOver(uint64_t epoch, const step::PlanLimits& limits, int32_
   retiring_ = 0;
   refusal_.reset();
   cache_.reset();
-  pool_ = std::make_unique<BlockPool>(BlockPool::Options{.block_count = limits.block_count, .block_tokens = limits.block_tokens});
+  pool_ = std::make_unique<BlockPool>(
+      BlockPool::Options{.block_count = limits.block_count, .block_tokens = limits.block_tokens});
   cache_ = std::make_unique<PrefixCache>(*pool_, options_.prefix_cache);
   free_slots_.clear();
   for (int32_t slot = limits.max_slots - 1; slot >= 0; --slot) free_slots_.push_back(slot);
@@ -163,8 +165,8 @@ void Scheduler::AddDecodes(Draft& draft) {
     population += sequence->pending() <= 1;
     if (sequence->pending() == 1) ready.push_back(sequence);
   }
-  // An equal share for each plan in flight keeps all stages busy. `stages_` shares hold everybody, so whoever is left out
-  // now is in one of the next plans.
+  // An equal share for each plan in flight keeps all stages busy. `stages_` shares hold everybody, so whoever is left
+  // out now is in one of the next plans.
   const int32_t share = std::min(draft.budget, CeilDivide(population, stages_));
   int32_t taken = 0;
   for (Sequence* sequence : ready) {
@@ -235,7 +237,8 @@ bool Scheduler::SoonCached(const Sequence& sequence, const PrefixCache::Match& m
   const auto hits = static_cast<int32_t>(match.blocks.size());
   std::string wanted;
   for (const Sequence* other : running_) {
-    if (!other->publishing || other->preempt_when_idle || other->published != hits || !(other->node == match.tail)) continue;
+    if (!other->publishing || other->preempt_when_idle || other->published != hits || !(other->node == match.tail))
+      continue;
     if (other->token_count() / limits_.block_tokens <= hits) continue;
     if (wanted.empty()) wanted = sequence.BlockContent(hits, limits_.block_tokens);
     if (other->BlockContent(hits, limits_.block_tokens) == wanted) return true;
@@ -280,8 +283,11 @@ bool Scheduler::AddSpan(Sequence& sequence, int32_t count, Draft& draft) {
     }
   }
   if (start) {
-    plan.starts.push_back({.sequence = sequence.id(), .slot = sequence.slot, .params = sequence.request.params,
-                           .tokens = sequence.request.tokens, .prompt_tokens = sequence.prompt_tokens});
+    plan.starts.push_back({.sequence = sequence.id(),
+                           .slot = sequence.slot,
+                           .params = sequence.request.params,
+                           .tokens = sequence.request.tokens,
+                           .prompt_tokens = sequence.prompt_tokens});
     draft.start_tokens += end;
     sequence.started = true;
   }
@@ -306,7 +312,10 @@ void Scheduler::AddVision(Sequence& sequence, step::SequenceSpan& span, Draft& d
     const auto input = static_cast<size_t>(run.input);
     const auto& pixels = sequence.request.vision[input].input;
     if (!std::exchange(sequence.vision_sent[input], 1)) draft.step.vision.push_back(pixels);
-    span.vision.push_back({.id = pixels->id, .feature_begin = run.feature_begin, .span_offset = run.first - span.begin, .count = run.count});
+    span.vision.push_back({.id = pixels->id,
+                           .feature_begin = run.feature_begin,
+                           .span_offset = run.first - span.begin,
+                           .count = run.count});
   }
   for (size_t input = 0; input < sequence.vision_sent.size(); ++input) {
     if (!sequence.vision_sent[input] || sequence.VisionEnd(static_cast<int32_t>(input)) > end) continue;
@@ -352,14 +361,16 @@ bool Scheduler::Commit(const step::StepResult& result) {
 }
 
 void Scheduler::Accept(Sequence& sequence, const step::SampledToken* sample) {
-  if (sample == nullptr || sample->sequence != sequence.id() || sample->token < 0 || sample->token >= limits_.vocab_size) {
+  if (sample == nullptr || sample->sequence != sequence.id() || sample->token < 0 ||
+      sample->token >= limits_.vocab_size) {
     Finish(sequence, {.reason = FinishReason::kError, .error = "the last stage gave no valid token for this sequence"});
     return;
   }
   Request& request = sequence.request;
   request.tokens.push_back(sample->token);
   ++counters_.generated_tokens;
-  events_.push_back({sequence.id(), TokenEvent{.token = sample->token, .logprob = sample->logprob, .top = sample->top}});
+  events_.push_back(
+      {sequence.id(), TokenEvent{.token = sample->token, .logprob = sample->logprob, .top = sample->top}});
   const Status accepted = request.constraint != nullptr ? request.constraint->Accept(sample->token) : OkStatus();
   const auto& stops = request.params.stop_tokens;
   if (!request.ignore_stop_tokens && std::find(stops.begin(), stops.end(), sample->token) != stops.end()) {

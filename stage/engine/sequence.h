@@ -13,14 +13,15 @@
 
 namespace qwen::engine {
 
-// What can be said of a request without a group of stages: every field consistent with the others. kInvalidArgument names
-// the field.
+// What can be said of a request without a group of stages: every field consistent with the others. kInvalidArgument
+// names the field.
 Status ValidateRequest(const Request& request);
 // And against a group's limits: length, KV capacity, vocabulary. kInvalidArgument states the limit and what was asked.
 // `prompt_tokens`: how many of request.tokens are prompt (the engine appends what it generates).
 Status ValidateRequestLimits(const Request& request, int32_t prompt_tokens, const step::PlanLimits& limits);
 
-// Where the placeholder tokens of one input lie: tokens [first, first + count) take feature rows [feature_begin, + count).
+// Where the placeholder tokens of one input lie: tokens [first, first + count) take as many feature rows from
+// `feature_begin` on.
 struct VisionRun {
   int32_t first = 0;
   int32_t count = 0;
@@ -37,26 +38,26 @@ enum class Phase {
 struct Sequence {
   Sequence(Request&& request, uint64_t arrival, int64_t now_micros);
 
-  const uint64_t arrival;         // order of submission: who is older
+  const uint64_t arrival;  // order of submission: who is older
   const int64_t submitted_micros;
-  Request request;                // `tokens` grows: prompt, then what was generated
+  Request request;  // `tokens` grows: prompt, then what was generated
   const int32_t prompt_tokens;
-  std::vector<VisionRun> runs;    // ascending
+  std::vector<VisionRun> runs;  // ascending
 
   Phase phase = Phase::kWaiting;
   int32_t slot = -1;
   BlockList blocks;
-  int32_t scheduled = 0;          // tokens whose KV is written by plans up to the newest submitted one
-  int32_t plans_in_flight = 0;    // that name this sequence
-  bool started = false;           // SequenceStart was sent for `slot`
-  bool preempt_when_idle = false; // chosen as a victim while in flight; takes no part in further plans
-  int32_t published = 0;          // blocks known to the prefix cache
-  PrefixCache::Node node;         // the last of them
-  bool publishing = true;         // false once the chain in the cache is broken
+  int32_t scheduled = 0;           // tokens whose KV is written by plans up to the newest submitted one
+  int32_t plans_in_flight = 0;     // that name this sequence
+  bool started = false;            // SequenceStart was sent for `slot`
+  bool preempt_when_idle = false;  // chosen as a victim while in flight; takes no part in further plans
+  int32_t published = 0;           // blocks known to the prefix cache
+  PrefixCache::Node node;          // the last of them
+  bool publishing = true;          // false once the chain in the cache is broken
   bool admitted_before = false;
-  int64_t queued_micros = -1;         // submitted to first admitted; -1 before it
-  int32_t cached_prompt_tokens = 0;   // found in the prefix cache at the first admission
-  std::vector<uint8_t> vision_sent;   // (inputs): stage 0 holds the pixels or features
+  int64_t queued_micros = -1;        // submitted to first admitted; -1 before it
+  int32_t cached_prompt_tokens = 0;  // found in the prefix cache at the first admission
+  std::vector<uint8_t> vision_sent;  // (inputs): stage 0 holds the pixels or features
 
   step::SequenceId id() const { return request.id; }
   int32_t token_count() const { return static_cast<int32_t>(request.tokens.size()); }
@@ -71,8 +72,8 @@ struct Sequence {
   std::vector<VisionRun> RunsIn(int32_t begin, int32_t end) const;
   // One past the last placeholder token of input `input`.
   int32_t VisionEnd(int32_t input) const;
-  // Everything that the KV of tokens [index * block_tokens, + block_tokens) depends on beyond what lies before: ids, the
-  // positions unless each equals its index, and the content and row of the visual features. Equal iff equal.
+  // Everything that the KV of tokens [index * block_tokens, + block_tokens) depends on beyond what lies before: ids,
+  // the positions unless each equals its index, and the content and row of the visual features. Equal iff equal.
   std::string BlockContent(int32_t index, int32_t block_tokens) const;
 };
 
