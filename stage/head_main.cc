@@ -147,6 +147,8 @@ int Run(const Flags& flags, const sigset_t& signals) {
   const int64_t cut_deadline = clock.NowMicros() + 2'000'000;  // enough for error events to leave
   while (!api.idle() && !hurry && clock.NowMicros() < cut_deadline) hurry = WaitForSignal(signals, 20);
   (*http)->StopAccepting();
+  const int64_t close_deadline = clock.NowMicros() + 3'000'000;  // what was answered also leaves
+  while ((*http)->connections() > 0 && !hurry && clock.NowMicros() < close_deadline) hurry = WaitForSignal(signals, 20);
   http_view = nullptr;
   *http = nullptr;
   (*executor)->Shutdown(hurry ? std::chrono::milliseconds(200) : std::chrono::milliseconds(5000));

@@ -139,22 +139,35 @@ void Api::Handle(HttpRequest request, std::shared_ptr<ResponseWriter> writer) {
   }
 }
 
-void Api::Work(HttpRequest request, std::shared_ptr<ResponseWriter> writer, const Route& route) {
+void Api::Refuse(const HttpRequest& request, ResponseWriter& writer, const ApiError& error) const {
+  log::Info("request", {{"request_id", request.request_id},
+                        {"method", request.method},
+                        {"path", request.path},
+                        {"status", error.status},
+                        {"param", error.param},
+                        {"code", error.code}});
+  writer.Reply(ErrorResponse(error));
+}
+
+void Api::Work(HttpRequest request, std::shared_ptr<ResponseWriter> writer, const Route& route) try {
   const int64_t arrival = deps_.clock.NowMicros();
   auto body = ParseJson(request.body, {});
   request.body = std::string();  // 64 MiB of base64 need not live as long as the request
-  if (!body.ok()) return writer->Reply(ErrorResponse(BadRequest(body.status().message())));
-  if (!body->is_object()) return writer->Reply(ErrorResponse(BadRequest("the body must be a JSON object")));
+  if (!body.ok()) return Refuse(request, *writer, BadRequest(body.status().message()));
+  if (!body->is_object()) return Refuse(request, *writer, BadRequest("the body must be a JSON object"));
   switch (route.endpoint) {
     case Endpoint::kChat:
-      return Chat(request, *body, std::move(writer), arrival);
+      return Chat(request, *body, writer, arrival);
     case Endpoint::kCompletion:
-      return Completion(request, *body, std::move(writer), arrival);
+      return Completion(request, *body, writer, arrival);
     case Endpoint::kTokenize:
       return writer->Reply(Tokenize(*body));
     default:
       return writer->Reply(Detokenize(*body));
   }
+} catch (const std::exception& e) {  // of a library, or no memory for one request: the others go on
+  log::Error("request failed", {{"request_id", request.request_id}, {"path", request.path}, {"error", e.what()}});
+  Refuse(request, *writer, {.status = 500, .message = "internal error (request " + request.request_id + ")", .code = "internal_error"});
 }
 
 std::optional<ApiError> Api::CheckModel(const std::string& model) const {
@@ -180,11 +193,11 @@ GenerationPlan Api::MakePlan(const HttpRequest& request, int64_t arrival, Answer
 
 void Api::Chat(const HttpRequest& request, const Json& body, std::shared_ptr<ResponseWriter> writer, int64_t arrival) {
   auto parsed = ParseChatRequest(body, deps_.assets.defaults, deps_.assets.option_limits());
-  if (!parsed.ok()) return writer->Reply(ErrorResponse(parsed.error()));
+  if (!parsed.ok()) return Refuse(request, *writer, parsed.error());
   ChatRequest& chat = parsed.value();
-  if (auto error = CheckModel(chat.model)) return writer->Reply(ErrorResponse(*error));
+  if (auto error = CheckModel(chat.model)) return Refuse(request, *writer, *error);
   auto prompt = builder_.BuildChat(chat.prompt);
-  if (!prompt.ok()) return writer->Reply(ErrorResponse(prompt.error()));
+  if (!prompt.ok()) return Refuse(request, *writer, prompt.error());
 
   GenerationPlan plan = MakePlan(request, arrival, AnswerHeader::Kind::kChat, std::move(chat.options));
   using Choice = ToolChoice::Kind;
@@ -202,18 +215,18 @@ void Api::Chat(const HttpRequest& request, const Json& body, std::shared_ptr<Res
 
 void Api::Completion(const HttpRequest& request, const Json& body, std::shared_ptr<ResponseWriter> writer, int64_t arrival) {
   auto parsed = ParseCompletionRequest(body, deps_.assets.defaults, deps_.assets.option_limits());
-  if (!parsed.ok()) return writer->Reply(ErrorResponse(parsed.error()));
+  if (!parsed.ok()) return Refuse(request, *writer, parsed.error());
   CompletionRequest& completion = parsed.value();
-  if (auto error = CheckModel(completion.model)) return writer->Reply(ErrorResponse(*error));
+  if (auto error = CheckModel(completion.model)) return Refuse(request, *writer, *error);
   GenerationPlan plan = MakePlan(request, arrival, AnswerHeader::Kind::kCompletion, std::move(completion.options));
   for (auto& prompt : completion.prompts) {
     const auto* text = std::get_if<std::string>(&prompt);
     auto built = text ? builder_.BuildText(*text, /*add_special_tokens=*/true, "prompt")
                       : builder_.BuildTokens(std::move(std::get<std::vector<int32_t>>(prompt)), "prompt");
-    if (!built.ok()) return writer->Reply(ErrorResponse(built.error()));
+    if (!built.ok()) return Refuse(request, *writer, built.error());
     if (completion.echo) {
       auto echo = text ? Result<std::string>(*text) : deps_.assets.tokenizer->Decode(built.value().tokens, plan.options.skip_special_tokens);
-      if (!echo.ok()) return writer->Reply(ErrorResponse(FromStatus(echo.status(), "prompt")));
+      if (!echo.ok()) return Refuse(request, *writer, FromStatus(echo.status(), "prompt"));
       plan.echoes.push_back(std::move(*echo));
     }
     plan.prompts.push_back(std::move(built.value()));
@@ -263,9 +276,11 @@ HttpResponse Api::Detokenize(const Json& body) const {
 
 HttpResponse Api::Models(const std::string& path) const {
   const ModelAssets& assets = deps_.assets;
+  const int32_t fits = deps_.engine.stats().max_request_tokens;  // 0 before the first group
+  const int32_t limit = fits > 0 ? std::min(fits, assets.max_model_len) : assets.max_model_len;
   const Json model{{"id", assets.model_id},           {"object", "model"}, {"created", assets.created_unix},
                    {"owned_by", "qwen-pipeline"},     {"root", assets.model_id}, {"parent", nullptr},
-                   {"max_model_len", assets.max_model_len}};
+                   {"max_model_len", limit}};
   constexpr std::string_view kList = "/v1/models";
   if (path.size() <= kList.size() + 1) return JsonResponse({{"object", "list"}, {"data", Json::array({model})}});
   // A model id may hold slashes ("Qwen/Qwen3-VL"); clients send them raw or as %2F.

@@ -76,6 +76,7 @@ class Api {
   HttpResponse MetricsText();
   HttpResponse Load() const;
   std::optional<ApiError> CheckModel(const std::string& model) const;
+  void Refuse(const HttpRequest& request, ResponseWriter& writer, const ApiError& error) const;  // answers and logs
   GenerationPlan MakePlan(const HttpRequest& request, int64_t arrival_micros, AnswerHeader::Kind kind, GenerationOptions options) const;
 
   const Options options_;

@@ -23,11 +23,11 @@ ChoiceDelta ChoiceStream::Push(engine::TokenEvent event) {
   const int32_t token = event.token;
   if (options_.keep_tokens) {
     delta.tokens.push_back(std::move(event));
-    delta.text_offsets.push_back(text_bytes_);
+    delta.text_offsets.push_back(text_characters_);
   }
   if (Contains(options_.stop_tokens, token) && !options_.include_stop) return delta;  // the end, not text
   std::string text = detokenizer_.Push(token);
-  text_bytes_ += text.size();
+  text_characters_ += static_cast<size_t>(std::ranges::count_if(text, [](char c) { return (c & 0xc0) != 0x80; }));
   Route(stops_.Push(text), delta);
   return delta;
 }

@@ -29,7 +29,7 @@ struct ChoiceDelta {
   std::string content, reasoning;
   std::vector<ToolCall> calls;
   std::vector<engine::TokenEvent> tokens;  // consumed since the last delta, for logprobs and token ids
-  std::vector<size_t> text_offsets;        // of each of these tokens in the choice's text, for completions' logprobs
+  std::vector<size_t> text_offsets;        // of each of these tokens, in characters of the choice's text; for completions' logprobs
   bool empty() const { return content.empty() && reasoning.empty() && calls.empty() && tokens.empty(); }
 };
 
@@ -71,7 +71,7 @@ class ChoiceStream {
   std::string forced_;  // kRequiredList: parsed when it is complete
   bool named_begun_ = false;
   int32_t completion_tokens_ = 0;
-  size_t text_bytes_ = 0;  // characters' bytes detokenised so far
+  size_t text_characters_ = 0;  // detokenised so far
   std::string finish_reason_;
   Json stop_reason_;
 };

@@ -60,12 +60,16 @@ OrError<engine::Request> Generation::MakeRequest(int32_t index, std::vector<Buil
   BuiltPrompt& prompt = prompts[index / options.n];
   const bool last = of_prompt == options.n - 1;  // takes the prompt itself instead of a copy
   const int32_t prompt_tokens = static_cast<int32_t>(prompt.tokens.size());
-  const int32_t room = context_.assets.max_model_len - prompt_tokens;
-  if (options.max_tokens && *options.max_tokens > room) {
-    return BadRequest("this model's maximum context length is " + std::to_string(context_.assets.max_model_len) + " tokens, but " +
-                          std::to_string(prompt_tokens) + " prompt tokens and " + std::to_string(*options.max_tokens) +
-                          " output tokens were asked for: " + std::to_string(prompt_tokens + int64_t{*options.max_tokens}),
-                      "max_tokens", "context_length_exceeded");
+  // Of model and group the smaller: stages may hold fewer tokens than the model could.
+  const int32_t fits = context_.engine.stats().max_request_tokens;
+  const int32_t limit = fits > 0 ? std::min(fits, context_.assets.max_model_len) : context_.assets.max_model_len;
+  const int32_t room = limit - prompt_tokens;
+  if (options.max_tokens.value_or(1) > room) {
+    return BadRequest("this model's maximum context length is " + std::to_string(limit) + " tokens, but " +
+                          std::to_string(prompt_tokens) + " prompt tokens and " + std::to_string(options.max_tokens.value_or(1)) +
+                          " output tokens were asked for: " + std::to_string(prompt_tokens + int64_t{options.max_tokens.value_or(1)}),
+                      options.max_tokens ? "max_tokens" : plan_.header.kind == AnswerHeader::Kind::kChat ? "messages" : "prompt",
+                      "context_length_exceeded");
   }
   engine::Request request;
   request.id = choices_[index].id;
@@ -202,6 +206,7 @@ void Generation::OnFinish(Choice& choice, int32_t index, const engine::FinishEve
   choice.done = true;
   --remaining_;
   cached_tokens_ += index % plan_.options.n == 0 ? event.cached_prompt_tokens : 0;  // as prompt tokens: once per prompt
+  if (event.queued_micros >= 0) context_.metrics.ObserveQueue(static_cast<double>(event.queued_micros) * 1e-6);
   if (event.reason == engine::FinishReason::kError) error_ = event.error.empty() ? "the engine failed" : event.error;
   ChoiceDelta delta = choice.stream.Finish(event);
   const std::string& reason = choice.stream.finish_reason();

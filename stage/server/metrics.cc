@@ -66,6 +66,7 @@ Metrics::Metrics(prometheus::Registry& registry, const std::string& model)
       first_token_(AddHistogram(registry, model, "qwen_time_to_first_token_seconds", "From the request to its first token", kFirstTokenBuckets)),
       inter_token_(AddHistogram(registry, model, "qwen_inter_token_latency_seconds", "Between two tokens of a sequence", kInterTokenBuckets)),
       request_(AddHistogram(registry, model, "qwen_request_seconds", "From the request to the end of its answer", kRequestBuckets)),
+      queue_(AddHistogram(registry, model, "qwen_request_queue_seconds", "Waited in the engine for KV blocks or a slot", kFirstTokenBuckets)),
       preprocess_(AddHistogram(registry, model, "qwen_request_preprocess_seconds",
                                "From the request to the scheduler's queue: parsing, images, template, tokens", kFirstTokenBuckets)) {
   for (const char* reason : {"stop", "length", "tool_calls", "abort", "error"}) {
@@ -84,6 +85,7 @@ void Metrics::CountFinished(const std::string& reason) {
 void Metrics::ObserveFirstToken(double seconds) { first_token_.Observe(seconds); }
 void Metrics::ObserveInterToken(double seconds) { inter_token_.Observe(seconds); }
 void Metrics::ObserveRequest(double seconds) { request_.Observe(seconds); }
+void Metrics::ObserveQueue(double seconds) { queue_.Observe(seconds); }
 void Metrics::ObservePreprocess(double seconds) { preprocess_.Observe(seconds); }
 
 void Metrics::Advance(prometheus::Counter& counter, uint64_t total) {

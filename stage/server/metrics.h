@@ -36,6 +36,7 @@ class Metrics {
   void ObserveFirstToken(double seconds);
   void ObserveInterToken(double seconds);
   void ObserveRequest(double seconds);
+  void ObserveQueue(double seconds);       // in the engine, before the first admission
   void ObservePreprocess(double seconds);  // from the parsed header to the engine's inbox
 
   // The text of GET /metrics, engine gauges brought up to date first.
@@ -68,6 +69,7 @@ class Metrics {
   prometheus::Histogram& first_token_;
   prometheus::Histogram& inter_token_;
   prometheus::Histogram& request_;
+  prometheus::Histogram& queue_;
   prometheus::Histogram& preprocess_;
   std::mutex scrape_mutex_;  // two scrapes at once must not both add a counter's difference
 };

@@ -1,7 +1,7 @@
 // stage/server/tool_parser.h — finds Hermes tool calls, <tool_call>{"name":…,"arguments":{…}}</tool_call>, in streamed text.
 //
 // A call leaves in one piece when its end tag has come: a client never sees half a call that turns out to be malformed.
-// Text around calls is content; white space before a call, between calls and after the last one is dropped. What stands
+// Text around calls is content; white space before a call and after the last one is dropped. What stands
 // between the tags but is no such JSON object is given back as content, tags included.
 // Thread safety: none; one per choice.
 #pragma once
