@@ -62,8 +62,6 @@ std::string PlanText(const std::string& title, const contract::ModelShape& shape
   int64_t weights = 0, kv = 0;
   for (size_t k = 0; k < size.stages.size(); ++k) {
     const plan::StageSize& s = size.stages[k];
-    std::string holds;
-    if (k == 0 && s.weights.vision_bytes > 0) holds += " + vision";
     weights += s.weights.total();
     kv += s.kv_bytes_per_token;
     const std::string capacity = !s.kv_capacity_tokens ? "-" : *s.kv_capacity_tokens < 0 ? "none" : FormatCount(*s.kv_capacity_tokens) + " tokens";
