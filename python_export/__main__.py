@@ -5,6 +5,7 @@ import sys
 COMMANDS = {
     "tiny": "random checkpoints of every family, in both expert layouts, for tests",
     "export": "checkpoint -> per-stage safetensors shards with a manifest",
+    "quantize": "bf16 -> block FP8, 128x128, in the hub's form",
     "validate": "an exported or an original directory against its config.json",
     "oracle": "what transformers 5.17.0 computes for a checkpoint and some requests",
     "demo": "train the handwritten-digits checkpoint",

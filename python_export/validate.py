@@ -38,8 +38,28 @@ def is_ok(report: dict) -> bool:
     return not (report["missing"] or report["mismatched"] or report["extra"] or report["corrupt"])
 
 
-def compare(expected: dict, entries: dict, report: dict, where: str) -> None:
+def add_scales(expected: dict, entries: dict, config: dict) -> dict:
+    """{key: shape} with a scale for every weight that is stored in FP8."""
+    quantization = config.get("quantization_config") or shapes.text_config(config).get("quantization_config") or {}
+    rows, columns = quantization.get("weight_block_size") or (128, 128)
+    out = dict(expected)
+    for key, (*front, r, c) in ((k, s) for k, s in expected.items() if len(s) > 1):
+        if key in entries and entries[key].dtype == "F8_E4M3":
+            out[key + "_scale_inv"] = [*front, -(-r // rows), -(-c // columns)]
+    return out
+
+
+def add_own_head(expected: dict, entries: dict, config: dict) -> dict:
+    """Some tied checkpoints hold a head all the same; transformers and the stages load it."""
+    if shapes.is_tied(config) and "lm_head.weight" in entries:
+        text = shapes.text_config(config)
+        return expected | {"lm_head.weight": [text["vocab_size"], text["hidden_size"]]}
+    return expected
+
+
+def compare(expected: dict, entries: dict, report: dict, where: str, config: dict) -> None:
     """Adds what differs between {key: shape} and the files' headers to the report."""
+    expected = add_scales(add_own_head(expected, entries, config), entries, config)
     for key, shape in expected.items():
         entry = entries.get(key)
         if entry is None:
@@ -50,8 +70,7 @@ def compare(expected: dict, entries: dict, report: dict, where: str) -> None:
             report["loaded"] += 1
             report["bytes"] += entry.bytes
     for key, entry in entries.items():
-        # Block-FP8 scales stand beside their weight; a tied checkpoint may hold lm_head all the same.
-        if key not in expected and not (key.endswith("_scale_inv") and key.removesuffix("_scale_inv") in expected):
+        if key not in expected:
             report["extra"].append(f"{where}{key}: {entry.dtype} {list(entry.shape)} in {entry.file.name}")
 
 
@@ -86,7 +105,7 @@ def validate_stage(directory: Path, report: dict, where: str = "") -> None:
     entries = checkpoint.open_checkpoint(directory)
     everything = shapes.checkpoint_shapes(config, detect_layout(config, entries))
     expected = {k: s for k, s in everything.items() if mine in stages_of(k, ranges, shapes.is_tied(config))}
-    compare(expected, entries, report, where)
+    compare(expected, entries, report, where, config)
     check_digests(directory, entries, report, where)
 
 
@@ -111,7 +130,7 @@ def validate(directory: Path) -> dict:
         if config.get("model_type") not in shapes.FAMILIES:
             raise CheckpointError(f"model_type '{config.get('model_type')}' is none of {', '.join(shapes.FAMILIES)}")
         entries = checkpoint.open_checkpoint(directory)
-        compare(shapes.checkpoint_shapes(config, detect_layout(config, entries)), entries, report, "")
+        compare(shapes.checkpoint_shapes(config, detect_layout(config, entries)), entries, report, "", config)
     return report
 
 

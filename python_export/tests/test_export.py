@@ -124,6 +124,17 @@ def test_missing_mismatched_and_extra_tensors_are_named_with_shapes(checkpoints,
     assert report["extra"] == ["model.language_model.layers.8.input_layernorm.weight: F32 [64] in model.safetensors"]
 
 
+def test_a_tied_checkpoint_may_hold_a_head_of_its_own(checkpoints, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(checkpoints["vl-dense-tied"], own)
+    rewrite(own, lambda tensors: tensors.update({"lm_head.weight": torch.ones(384, 80)}))
+    assert validate.is_ok(validate.validate(own))
+    export.export(own, tmp_path / "out", stages=2)
+    assert validate.is_ok(validate.validate(tmp_path / "out"))
+    with safe_open(tmp_path / "out" / "stage-01-of-02" / "model.safetensors", "pt") as f:
+        assert "lm_head.weight" in f.keys()
+
+
 def test_a_lost_stage_folder_is_missing(checkpoints, tmp_path):
     export.export(checkpoints["dense-bias"], tmp_path, stages=3)
     shutil.rmtree(tmp_path / "stage-01-of-03")

@@ -12,4 +12,6 @@ if(TARGET qp_model AND TARGET qp_vision)
     qp_parity(stage.text.${dtype} SCRIPT stage_parity.py TARGETS qp_dump_stage
       ARGS --dtype ${dtype} --cases moe-each moe-saved moe-unnormed dense-tied dense-bias)
   endforeach()
+  qp_parity(stage.fp8 SCRIPT stage_parity.py TARGETS qp_dump_stage
+    ARGS --dtype float32 --fp8 --cases vl-moe-hub vl-moe-saved moe-each dense-tied)
 endif()

@@ -8,21 +8,23 @@ that sequence is compared up to the tie and counted. Runs of each checkpoint:
   several stages       the same
   lowest (MoE, bf16)   one stage, our rule for router ties (lowest expert), against transformers with that rule in its router
   exported             one stage, out of the folder that python_export writes for it
+  fp8 (with --fp8)     the checkpoint in block FP8 against transformers on the same weights multiplied out
   chunked (fp32)       several stages, prompts in chunks of 7 tokens. Not in bf16: a chunk's GEMMs round otherwise than the
                        whole prompt's, which bf16 shows in the last bit, and then in the router's choice
 """
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # python_export, when run by hand
-from python_export import export, tiny  # noqa: E402
+from python_export import export, quantize, tiny  # noqa: E402
 from python_export.oracle import Oracle  # noqa: E402
 
 import parity_requests as cases  # noqa: E402  (this folder's)
@@ -110,7 +112,26 @@ def split_layers(layers: int, vision: bool) -> str:
     return ",".join(f"{a}:{b}" for a, b in [(0, first)] + [(n, min(n + 2, layers)) for n in range(first, layers, 2)])
 
 
-def run_case(name: str, dtype: str, dumper: str, folder: Path) -> list:
+FP8_BLOCK = (8, 8)  # small, so that tiny matrices have several blocks each way
+
+
+def multiplied_out(fp8: Path, out: Path) -> Path:
+    """The fp8 checkpoint as an fp32 one that transformers loads: weight times its block's scale."""
+    tensors = {k: v for file in fp8.glob("*.safetensors") for k, v in load_file(file).items()}
+    config = json.loads((fp8 / "config.json").read_text())
+    del config["quantization_config"]
+    for key in [k for k, v in tensors.items() if v.dtype == torch.float8_e4m3fn]:
+        wide = tensors.pop(key + "_scale_inv").float()
+        for axis, block in ((-2, FP8_BLOCK[0]), (-1, FP8_BLOCK[1])):
+            wide = wide.repeat_interleave(block, axis).narrow(axis, 0, tensors[key].shape[axis])
+        tensors[key] = tensors[key].float() * wide
+    shutil.copytree(fp8, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+    (out / "config.json").write_text(json.dumps(config))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, out / "model.safetensors")
+    return out
+
+
+def run_case(name: str, dtype: str, dumper: str, folder: Path, fp8: bool = False) -> list:
     checkpoint = tiny.write_case(folder, name, getattr(torch, dtype))
     results = []
 
@@ -135,6 +156,11 @@ def run_case(name: str, dtype: str, dumper: str, folder: Path) -> list:
                     comparison.prompt(p, golden, dump, len(oracle.decoder.layers))
             results.append(comparison)
 
+    if fp8:
+        quantize.quantize(checkpoint, folder / "fp8", FP8_BLOCK)
+        compare(Oracle(multiplied_out(folder / "fp8", folder / "wide"), getattr(torch, dtype)),
+                {"fp8": ["--checkpoint", str(folder / "fp8"), "--ties", "topk"]})
+        return results
     oracle = Oracle(checkpoint, getattr(torch, dtype))
     split = split_layers(len(oracle.decoder.layers), oracle.vision)
     export.export(checkpoint, folder / "export", stages=1)
@@ -156,12 +182,13 @@ def main() -> int:
     parser.add_argument("--qp_dump_stage", required=True)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], required=True)
     parser.add_argument("--cases", nargs="+", choices=sorted(tiny.CASES), required=True)
+    parser.add_argument("--fp8", action="store_true", help="the checkpoints in block FP8 only")
     args = parser.parse_args()
     torch.set_num_threads(1)
     failed = False
     for name in args.cases:
         with tempfile.TemporaryDirectory() as folder:
-            for c in run_case(name, args.dtype, args.qp_dump_stage, Path(folder)):
+            for c in run_case(name, args.dtype, args.qp_dump_stage, Path(folder), args.fp8):
                 worst = ", ".join(f"{k} {v:.2g}" for k, v in c.worst.items())
                 print(f"{'FAIL' if c.failures else 'ok  '} {c.label}: {c.tokens} tokens equal, {c.ties} sequences left at a tie; "
                       f"largest differences: {worst}")
