@@ -68,7 +68,7 @@ at::Tensor DecoderLayer::Mlp(const at::Tensor& x, const Batch& batch) const {
     const ops::Routing routing = ops::Route(logits, moe_->experts_per_token, moe_->normalisation, moe_->ties);
     return ops::Experts(x, routing, moe_->experts, batch.groups);
   }
-  at::Tensor activated = at::silu(ops::Linear(x, dense_->gate, at::Tensor(), batch.groups));
+  at::Tensor activated = ops::Silu(ops::Linear(x, dense_->gate, at::Tensor(), batch.groups), batch.groups);
   activated.mul_(ops::Linear(x, dense_->up, at::Tensor(), batch.groups));
   return ops::Linear(activated, dense_->down, at::Tensor(), batch.groups);
 }

@@ -187,7 +187,7 @@ Result<StageOutput> StageModel::ForwardOrThrow(const step::StepPlan& plan, const
   if (first()) {
     ASSIGN_OR_RETURN(state, Embed(plan, batch));
   }
-  const ops::RotaryTable rotary = ops::MakeRotaryTable(rotary_, batch.positions, options_.dtype);
+  const ops::RotaryTable rotary = ops::MakeRotaryTable(rotary_, batch.positions, options_.dtype, batch.groups);
   for (size_t i = 0; i < layers_.size(); ++i) {
     const int32_t layer = options_.layers.begin + static_cast<int32_t>(i);
     if (options_.on_hidden) options_.on_hidden(layer, state.hidden);

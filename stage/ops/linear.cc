@@ -22,4 +22,14 @@ at::Tensor Linear(const at::Tensor& x, const at::Tensor& weight, const at::Tenso
   return out;
 }
 
+at::Tensor Silu(const at::Tensor& x, const RowGroups& groups) {
+  if (groups.size() == 1) return at::silu(x);
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  for (const RowGroup& group : groups) {
+    at::Tensor rows = out.narrow(0, group.begin, group.count);
+    at::silu_out(rows, x.narrow(0, group.begin, group.count));
+  }
+  return out;
+}
+
 }  // namespace qwen::ops

@@ -86,7 +86,10 @@ at::Tensor Experts(const at::Tensor& x, const Routing& routing, const ExpertWeig
     at::Tensor out = gate_up.narrow(0, tile.begin, tile.count);
     at::mm_out(out, rows.narrow(0, tile.begin, tile.count), weights.gate_up_t[tile.expert]);
   }
-  const at::Tensor activated = at::silu(gate_up.narrow(1, 0, intermediate)).mul_(gate_up.narrow(1, intermediate, intermediate));
+  RowGroups sorted_groups = groups;  // the same groups, k rows a token
+  for (RowGroup& group : sorted_groups) group = {group.begin * k, group.count * k};
+  const at::Tensor activated =
+      Silu(gate_up.narrow(1, 0, intermediate), sorted_groups).mul_(gate_up.narrow(1, intermediate, intermediate));
   at::Tensor down = at::empty({tokens * k, hidden}, x.options());
   for (const Tile& tile : order.tiles) {
     at::Tensor out = down.narrow(0, tile.begin, tile.count);

@@ -16,7 +16,7 @@ struct Routing {
   at::Tensor weights;  // (tokens, k) model dtype
 };
 enum class RouterWeights { kNormalised, kAsIs };  // divided by their sum over the k (Qwen3-VL-MoE always), or not
-// bf16 logits do tie (about once in some hundred tokens with 8 experts), and a tie at the border of the k changes the result.
+// bf16 logits do tie now and then, and a tie at the border of the k changes the result.
 enum class RouterTies {
   kLowestExpert,  // defined: the lower expert id wins and comes first, on every device
   kTopk           // whatever at::topk does on this device: the reference's bits, for parity runs on a CPU

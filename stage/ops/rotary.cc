@@ -60,13 +60,19 @@ RotaryFrequencies MakeRotaryFrequencies(const RotaryOptions& options, at::Device
   return result;
 }
 
-RotaryTable MakeRotaryTable(const RotaryFrequencies& frequencies, const at::Tensor& positions, at::ScalarType dtype) {
+RotaryTable MakeRotaryTable(const RotaryFrequencies& frequencies, const at::Tensor& positions, at::ScalarType dtype,
+                            const RowGroups& groups) {
   // (tokens, head_dim/2): the one product of the reference's outer-product matmul, so the same bits.
   const at::Tensor selected = frequencies.plain ? positions[0].unsqueeze(1)
                                                 : positions.index_select(0, frequencies.axis).t();
   const at::Tensor angle = (selected * frequencies.inverse).contiguous();
-  at::Tensor cos = angle.cos();
-  at::Tensor sin = angle.sin();
+  at::Tensor cos = at::empty(angle.sizes(), angle.options()), sin = at::empty(angle.sizes(), angle.options());
+  for (const RowGroup& group : groups) {
+    const at::Tensor rows = angle.narrow(0, group.begin, group.count);
+    at::Tensor cos_rows = cos.narrow(0, group.begin, group.count), sin_rows = sin.narrow(0, group.begin, group.count);
+    at::cos_out(cos_rows, rows);
+    at::sin_out(sin_rows, rows);
+  }
   if (frequencies.scaling != 1.0) {
     cos.mul_(frequencies.scaling);
     sin.mul_(frequencies.scaling);

@@ -8,6 +8,8 @@
 #include <array>
 #include <cstdint>
 
+#include "stage/ops/linear.h"
+
 namespace qwen::ops {
 
 struct RotaryOptions {
@@ -35,8 +37,9 @@ RotaryFrequencies MakeRotaryFrequencies(const RotaryOptions& options, at::Device
 struct RotaryTable {
   at::Tensor cos, sin;
 };
-// positions (3, tokens) float32: rows t, h, w. Position values up to 2^24 are exact.
-RotaryTable MakeRotaryTable(const RotaryFrequencies& frequencies, const at::Tensor& positions, at::ScalarType dtype);
+// positions (3, tokens) float32: rows t, h, w. Position values up to 2^24 are exact. `groups`: linear.h says why.
+RotaryTable MakeRotaryTable(const RotaryFrequencies& frequencies, const at::Tensor& positions, at::ScalarType dtype,
+                            const RowGroups& groups);
 
 // x (tokens, heads, head_dim) -> x * cos + rotate_half(x) * sin; each product and the sum round to x's dtype.
 at::Tensor ApplyRotary(const at::Tensor& x, const RotaryTable& table);

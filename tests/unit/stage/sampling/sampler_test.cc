@@ -4,6 +4,8 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 namespace qwen::sampling {
 namespace {
 
@@ -74,7 +76,9 @@ TEST(Sampler, ABatchedGreedyRowEqualsTheRowTakenTheLongWay) {
   const auto a = fast.Step(plan, logits).value(), b = slow.Step(with_logprobs, logits).value();
   for (int i = 0; i < 6; ++i) {
     EXPECT_EQ(a.samples[i].token, b.samples[i].token) << i;
-    if (i % 2 == 1) EXPECT_LT(a.samples[i].token, 50);
+    if (i % 2 == 1) {
+      EXPECT_LT(a.samples[i].token, 50);
+    }
   }
 }
 
