@@ -25,8 +25,9 @@ class BlockPool {
 
   // Takes `count` blocks, each with one reference, or none at all. Full is a value, not a wait.
   std::optional<BlockList> Take(int32_t count);
-  void Share(BlockId id);    // Adds a reference. REQUIRES: `id` is in use.
-  void Release(BlockId id);  // Drops one. REQUIRES: `id` is in use; if it is the last, no StepPlan in flight names `id`.
+  void Share(BlockId id);  // Adds a reference. REQUIRES: `id` is in use.
+  // Drops a reference. REQUIRES: `id` is in use; if it is the last, no StepPlan in flight names `id`.
+  void Release(BlockId id);
 
   int32_t references(BlockId id) const;
   int32_t capacity() const { return options_.block_count; }

@@ -1,13 +1,14 @@
 // stage/engine/prefix_cache.h — KV blocks that several sequences may read because they begin alike.
 //
-// A full block's KV depends on all tokens up to its end, their positions and the pixels behind placeholder tokens, and on
-// nothing else. So a block is published under (the node of the block before it, its own content); following nodes from the
-// root is following a prefix. Contents are compared byte for byte and nodes are never reused: there is no hash to collide,
-// a hit is the same prefix.
+// A full block's KV depends on all tokens up to its end, their positions and the pixels behind placeholder tokens, and
+// on nothing else. So a block is published under (the node of the block before it, its own content); following nodes
+// from the root is following a prefix. Contents are compared byte for byte and nodes are never reused: there is no hash
+// to collide, a hit is the same prefix.
 //
-// The scheduler takes and returns all its blocks here, so that this class knows which cached blocks are idle (referenced by
-// no sequence). Idle blocks stay readable until Take() needs them, least recently used first. A list of blocks is released
-// last block first, so a node is never evicted before the nodes that hang on it through the same sequence.
+// The scheduler takes and returns all its blocks here, so that this class knows which cached blocks are idle
+// (referenced by no sequence). Idle blocks stay readable until Take() needs them, least recently used first. A list of
+// blocks is released last block first, so a node is never evicted before the nodes that hang on it through the same
+// sequence.
 //
 // Thread safety: none; owned by the engine thread.
 // Invariants: (1) a cached block has one reference of the cache itself; it is idle iff that is its only one.
@@ -46,8 +47,8 @@ class PrefixCache {
   // The longest cached prefix of at most `limit` blocks, where content(i) is the content of block i.
   Match Lookup(int32_t limit, const std::function<std::string(int32_t)>& content) const;
   // Makes `block`, which holds `content` after the prefix `parent`, findable: from the next plan on, because plans are
-  // executed in order. Returns the node to publish the next block under, which is another block's when equal content was
-  // there before; nullopt when `parent` was evicted meanwhile or the cache is disabled.
+  // executed in order. Returns the node to publish the next block under, which is another block's when equal content
+  // was there before; nullopt when `parent` was evicted meanwhile or the cache is disabled.
   std::optional<Node> Publish(const Node& parent, std::string content, BlockId block);
 
   std::optional<BlockList> Take(int32_t count);  // all or nothing; evicts idle blocks as needed
@@ -57,7 +58,7 @@ class PrefixCache {
   bool enabled() const { return enabled_; }
   int32_t available() const { return pool_.free_count() + idle_count(); }  // what Take() can give
   int32_t idle_count() const { return static_cast<int32_t>(idle_.size()); }
-  int32_t used_count() const { return pool_.capacity() - available(); }    // referenced by a sequence
+  int32_t used_count() const { return pool_.capacity() - available(); }  // referenced by a sequence
 
  private:
   struct Key {

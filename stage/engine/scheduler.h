@@ -2,8 +2,8 @@
 // calls give the same plans. README.md gives the rules and why they hold.
 //
 // Thread safety: none; the engine thread owns it.
-// Driver: Add/Cancel at any time; after StartOver, while Schedule() gives a step: send its vision inputs, then its plan;
-// on a result Commit(); after each of them deliver TakeEvents().
+// Driver: Add/Cancel at any time; after StartOver, while Schedule() gives a step: send its vision inputs, then its
+// plan; on a result Commit(); after each of them deliver TakeEvents().
 #pragma once
 #include <cstdint>
 #include <deque>
@@ -47,16 +47,19 @@ class Scheduler {
 
   // REQUIRES: ValidateRequest(request) is OK; its id is not live. One that does not fit the group finishes with kError.
   void Add(Request&& request, int64_t now_micros);
-  // Finishes a live sequence with kCancelled at once; else nothing. Its blocks come back when no plan in flight names them.
+  // Finishes a live sequence with kCancelled at once; else nothing. Its blocks come back when no plan in flight names
+  // them.
   void Cancel(step::SequenceId id);
-  // A new group: plans in flight are void, every live sequence waits again, in its old order, with what it has generated.
+  // A new group: plans in flight are void, every live sequence waits again, in its old order, with what it has
+  // generated.
   void StartOver(uint64_t epoch, const step::PlanLimits& limits, int32_t stages);
   // No group: Schedule gives nothing until StartOver.
   void Suspend() { ready_ = false; }
 
   // The next microbatch, or nothing: no group, `stages` plans in flight, or no sequence can go on before a result.
   std::optional<ScheduledStep> Schedule(int64_t now_micros);
-  // The result of the oldest plan in flight. False when it is of another (an earlier epoch's): nothing has changed then.
+  // The result of the oldest plan in flight. False when it is of another (an earlier epoch's): nothing has changed
+  // then.
   bool Commit(const step::StepResult& result);
   // What the sequences have to be told since the last call, in order.
   std::vector<SequenceEvent> TakeEvents() { return std::exchange(events_, {}); }
@@ -111,7 +114,7 @@ class Scheduler {
   int32_t stages_ = 0;
   uint64_t next_step_ = 0;
   uint64_t next_arrival_ = 0;
-  std::optional<int64_t> committed_since_;  // when the plan of the last Commit() was scheduled; timed by the next Schedule()
+  std::optional<int64_t> committed_since_;  // when the plan of the last Commit() was scheduled, until it is timed
   Counters counters_;
 
   std::unique_ptr<BlockPool> pool_;     // new with every epoch; null before the first
@@ -119,12 +122,12 @@ class Scheduler {
   std::vector<int32_t> free_slots_;     // a stack, lowest on top at the start
 
   std::unordered_map<step::SequenceId, std::unique_ptr<Sequence>> sequences_;  // all phases
-  std::vector<Sequence*> running_;  // by arrival
-  std::vector<Sequence*> waiting_;  // by arrival
-  int32_t retiring_ = 0;            // sequences whose blocks come back with a result: retired, or victims in flight
-  std::optional<Refusal> refusal_;  // the last
-  std::deque<PlanInFlight> in_flight_;      // by step; at most stages_
-  std::vector<step::VisionId> released_;    // to go out with the next plan
+  std::vector<Sequence*> running_;      // by arrival
+  std::vector<Sequence*> waiting_;      // by arrival
+  int32_t retiring_ = 0;                // sequences whose blocks come back with a result: retired, or victims in flight
+  std::optional<Refusal> refusal_;      // the last
+  std::deque<PlanInFlight> in_flight_;  // by step; at most stages_
+  std::vector<step::VisionId> released_;  // to go out with the next plan
   std::vector<SequenceEvent> events_;
 };
 

@@ -25,11 +25,13 @@ Status ValidateVision(const Request& request) {
     if (!ids.insert(vision.input->id).second) return InvalidArgumentError(where + ".input.id: used twice");
     int64_t tokens = 0;
     for (const auto& [first, count] : vision.runs) {
-      if (first < 0 || count <= 0 || int64_t{first} + count > prompt) return InvalidArgumentError(where + ".runs: outside of the prompt");
+      if (first < 0 || count <= 0 || int64_t{first} + count > prompt)
+        return InvalidArgumentError(where + ".runs: outside of the prompt");
       tokens += count;
       runs.emplace_back(first, count);
     }
-    if (!std::is_sorted(vision.runs.begin(), vision.runs.end())) return InvalidArgumentError(where + ".runs: not in order");
+    if (!std::is_sorted(vision.runs.begin(), vision.runs.end()))
+      return InvalidArgumentError(where + ".runs: not in order");
     if (tokens == 0 || tokens != vision.input->token_count()) {
       return InvalidArgumentError(where + ".runs: " + Number(tokens) + " placeholder tokens for " +
                                   Number(vision.input->token_count()) + " visual tokens");
@@ -45,7 +47,8 @@ Status ValidateVision(const Request& request) {
 Status ValidateIds(const std::vector<int32_t>& ids, int32_t vocab_size, const char* field) {
   for (const int32_t id : ids) {
     if (id < 0 || id >= vocab_size) {
-      return InvalidArgumentError(std::string(field) + ": id " + Number(id) + " is not in the vocabulary of " + Number(vocab_size));
+      return InvalidArgumentError(std::string(field) + ": id " + Number(id) + " is not in the vocabulary of " +
+                                  Number(vocab_size));
     }
   }
   return OkStatus();
@@ -56,11 +59,13 @@ Status ValidateIds(const std::vector<int32_t>& ids, int32_t vocab_size, const ch
 Status ValidateRequest(const Request& request) {
   const auto prompt = static_cast<int64_t>(request.tokens.size());
   if (prompt == 0) return InvalidArgumentError("tokens: the prompt is empty");
-  if (request.max_tokens <= 0) return InvalidArgumentError("max_tokens: " + Number(request.max_tokens) + " is not positive");
+  if (request.max_tokens <= 0)
+    return InvalidArgumentError("max_tokens: " + Number(request.max_tokens) + " is not positive");
   if (prompt + request.max_tokens > kTokensMax) {
     return InvalidArgumentError("max_tokens: prompt and max_tokens exceed " + Number(kTokensMax));
   }
-  if (request.positions.size() != request.tokens.size()) return InvalidArgumentError("positions: not as many as tokens");
+  if (request.positions.size() != request.tokens.size())
+    return InvalidArgumentError("positions: not as many as tokens");
   for (const step::Position& p : request.positions) {
     if (std::min({p.t, p.h, p.w}) < 0) return InvalidArgumentError("positions: negative");
   }
@@ -74,7 +79,8 @@ Status ValidateRequest(const Request& request) {
 Status ValidateRequestLimits(const Request& request, int32_t prompt_tokens, const step::PlanLimits& limits) {
   const int64_t asked = int64_t{prompt_tokens} + request.max_tokens;
   const int64_t capacity = int64_t{limits.block_count} * limits.block_tokens;
-  const std::string sum = Number(prompt_tokens) + " prompt + " + Number(request.max_tokens) + " max_tokens = " + Number(asked) + " tokens asked";
+  const std::string sum = Number(prompt_tokens) + " prompt + " + Number(request.max_tokens) +
+                          " max_tokens = " + Number(asked) + " tokens asked";
   if (asked > limits.max_sequence_tokens) {
     return InvalidArgumentError("max_tokens: " + sum + ", the model's limit is " + Number(limits.max_sequence_tokens));
   }
@@ -124,11 +130,15 @@ step::Position Sequence::PositionOf(int32_t index) const {
 
 std::vector<VisionRun> Sequence::RunsIn(int32_t begin, int32_t end) const {
   std::vector<VisionRun> cut;
-  auto run = std::partition_point(runs.begin(), runs.end(), [&](const VisionRun& r) { return r.first + r.count <= begin; });
+  auto run =
+      std::partition_point(runs.begin(), runs.end(), [&](const VisionRun& r) { return r.first + r.count <= begin; });
   for (; run != runs.end() && run->first < end; ++run) {
     const int32_t first = std::max(run->first, begin);
     const int32_t last = std::min(run->first + run->count, end);
-    cut.push_back({.first = first, .count = last - first, .feature_begin = run->feature_begin + first - run->first, .input = run->input});
+    cut.push_back({.first = first,
+                   .count = last - first,
+                   .feature_begin = run->feature_begin + first - run->first,
+                   .input = run->input});
   }
   return cut;
 }
@@ -143,7 +153,8 @@ std::string Sequence::BlockContent(int32_t index, int32_t block_tokens) const {
   QP_CHECK_LE(end, token_count());
   std::string content;
   content.reserve(static_cast<size_t>(block_tokens) * sizeof(int32_t) + 1);
-  content.append(reinterpret_cast<const char*>(request.tokens.data() + begin), static_cast<size_t>(block_tokens) * sizeof(int32_t));
+  content.append(reinterpret_cast<const char*>(request.tokens.data() + begin),
+                 static_cast<size_t>(block_tokens) * sizeof(int32_t));
   bool plain = true;
   for (int32_t i = begin; i < end && plain; ++i) plain = PositionOf(i) == step::Position{i, i, i};
   if (!plain) {
@@ -152,7 +163,8 @@ std::string Sequence::BlockContent(int32_t index, int32_t block_tokens) const {
   }
   for (const VisionRun& run : RunsIn(begin, end)) {
     const VisionSpan& vision = request.vision[static_cast<size_t>(run.input)];
-    content += vision.content_hash.empty() ? 'i' : 'v';  // without a hash an input is like no other: its id tells it apart
+    // Without a hash an input is like no other: its id tells it apart.
+    content += vision.content_hash.empty() ? 'i' : 'v';
     AppendBytes(content, run.first - begin);
     AppendBytes(content, run.count);
     AppendBytes(content, run.feature_begin);

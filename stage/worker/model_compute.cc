@@ -11,6 +11,7 @@
 #include "stage/base/log.h"
 #include "stage/sampling/sampler.h"
 #include "stage/vision/vision_tower.h"
+#include "stage/worker/kv_sizing.h"
 
 namespace qwen::worker {
 namespace {
@@ -126,11 +127,14 @@ Result<std::unique_ptr<StageCompute>> LoadModelCompute(weights::Checkpoint& chec
   ASSIGN_OR_RETURN(const at::ScalarType dtype, DtypeOf(options.dtype, shape));
   const contract::Dtype held = dtype == at::kFloat ? contract::Dtype::kFloat32 : contract::Dtype::kBFloat16;
   const int64_t weight_bytes = contract::WeightBytes(shape, options.layers, held).total();
-  const KvSizingInput sizing_input{.free_bytes = FreeBytes(device),
-                                   .weight_bytes = weight_bytes,
-                                   .kv_bytes_per_token = contract::KvBytesPerToken(shape, options.layers, held),
-                                   .max_positions = shape.max_positions};
-  ASSIGN_OR_RETURN(const KvSizing sizing, SizeKv(options, sizing_input));
+  ASSIGN_OR_RETURN(const KvSizing sizing, SizeKv({.free_bytes = FreeBytes(device),
+                                                  .weight_bytes = weight_bytes,
+                                                  .kv_bytes_per_token = contract::KvBytesPerToken(shape, options.layers, held),
+                                                  .max_positions = shape.max_positions,
+                                                  .block_tokens = options.block_tokens,
+                                                  .kv_blocks = options.kv_blocks,
+                                                  .max_sequences = options.max_sequences,
+                                                  .max_model_len = options.max_model_len}));
   log::Info("loading", {{"stage", options.stage}, {"layers", contract::ToString(options.layers)}, {"device", options.device},
                         {"dtype", c10::toString(dtype)}, {"weight_bytes", weight_bytes}, {"kv_blocks", sizing.blocks},
                         {"max_sequence_tokens", sizing.max_sequence_tokens}});

@@ -21,27 +21,12 @@ struct ModelComputeOptions {
   std::string device = "cpu";    // "cpu" or "cuda" (the process's first GPU)
   std::string dtype = "auto";    // "auto": the checkpoint's; "float32", "bfloat16"
   int32_t block_tokens = 16;
-  int32_t kv_blocks = 0;         // 0: as many as max_sequences could use, or fit into kv_memory_share of what is free
+  int32_t kv_blocks = 0;         // 0: what the free memory holds (kv_sizing.h)
   int32_t max_batch_tokens = 2048;
   int32_t max_sequences = 256;
   int32_t max_model_len = 0;     // 0: the model's, or less when the KV cache cannot hold one sequence of it
   int32_t threads = 0;           // of ATen's CPU operators; 0: LibTorch's own choice
-  double kv_memory_share = 0.85;  // of the memory that is free before loading, less the weights; the rest is for activations
 };
-
-// The numbers that follow from options and memory. Pure.
-struct KvSizing {
-  int32_t blocks = 0;
-  int32_t max_sequence_tokens = 0;
-};
-struct KvSizingInput {
-  int64_t free_bytes = 0;           // of the device, before loading; < 0: not known
-  int64_t weight_bytes = 0;         // of the stage
-  int64_t kv_bytes_per_token = 0;
-  int32_t max_positions = 0;        // of the model
-};
-// kResourceExhausted when the weights, or one sequence of an explicit max_model_len, do not fit.
-Result<KvSizing> SizeKv(const ModelComputeOptions& options, const KvSizingInput& input);
 
 // Loads the stage out of `checkpoint`. kDataLoss when it does not fit `shape` (tensor, expected and found shape),
 // kResourceExhausted when memory does not suffice, kUnavailable when the device is not there.

@@ -1,8 +1,9 @@
-// tests/traces/engine_traces.cc — plays tests/traces/engine/*.txt: an Engine between a scripted server and scripted stages.
+// tests/traces/engine_traces.cc — plays tests/traces/engine/*.txt: an Engine between a scripted server and scripted
+// stages.
 //
 //   engine blocks= block_tokens= batch_tokens= stages= slots= length= queue= [cache=off] [group=none]   (first)
-//   submit id=a tokens=0..48,100..116 max_tokens= [stop=7] [picture=4+8:cat]  tokens [4,12) show "cat"; m..n is m to n-1
-//   step [now_ms=]                  Engine::Step: prints pixels and plans that go out, then what requests are told
+//   submit id=a tokens=0..48,100..116 max_tokens= [stop=7] [picture=4+8:cat]  tokens [4,12) show "cat"; m..n is m to
+//   n-1 step [now_ms=]                  Engine::Step: prints pixels and plans that go out, then what requests are told
 //   result a=5 b=6 | result         the oldest unanswered plan is done; a's next token is 5 (default 900). Then a step
 //   cancel id=a | drain | stats
 //   lost [silently] | ready epoch=2 [blocks=] [stages=]
@@ -40,7 +41,8 @@ class Stage final : public step::Executor {
     if (!up) return UnavailableError("stage 1 is gone");
     const Status valid = step::ValidatePlan(plan, limits);
     QP_CHECK(valid.ok()) << valid.ToString();
-    out_ += "plan " + std::to_string(plan.step) + (plan.epoch > 1 ? " of epoch " + std::to_string(plan.epoch) : "") + "\n";
+    out_ +=
+        "plan " + std::to_string(plan.step) + (plan.epoch > 1 ? " of epoch " + std::to_string(plan.epoch) : "") + "\n";
     for (const step::SequenceSpan& span : plan.spans) Print(span, plan);
     for (const step::VisionId id : plan.vision_released) out_ += "  release " + std::to_string(id) + "\n";
     plans.push_back(plan);
@@ -63,9 +65,11 @@ class Stage final : public step::Executor {
  private:
   void Print(const step::SequenceSpan& span, const step::StepPlan& plan) {
     const auto count = static_cast<int64_t>(span.tokens.size());
-    out_ += "  " + names[span.sequence] + Range(span.begin, span.begin + count) + " slot=" + std::to_string(span.slot) + " blocks=" + Joined(span.blocks);
+    out_ += "  " + names[span.sequence] + Range(span.begin, span.begin + count) + " slot=" + std::to_string(span.slot) +
+            " blocks=" + Joined(span.blocks);
     for (const step::VisionSlice& slice : span.vision) {
-      out_ += " picture " + std::to_string(slice.id) + Range(slice.feature_begin, slice.feature_begin + slice.count) + "@" + std::to_string(slice.span_offset);
+      out_ += " picture " + std::to_string(slice.id) + Range(slice.feature_begin, slice.feature_begin + slice.count) +
+              "@" + std::to_string(slice.span_offset);
     }
     for (const step::SequenceStart& start : plan.starts) {
       if (start.sequence == span.sequence) out_ += " start(" + std::to_string(start.tokens.size()) + ")";
@@ -93,7 +97,8 @@ class Story {
       engine_->Drain();
     } else if (command.verb == "lost") {
       stage_.up = false;
-      if (!command.Has("silently")) stage_.events.push_back(step::GroupLost{.epoch = epoch_, .reason = "stage 1 is gone"});
+      if (!command.Has("silently"))
+        stage_.events.push_back(step::GroupLost{.epoch = epoch_, .reason = "stage 1 is gone"});
     } else if (command.verb == "ready") {
       Ready(command);
     } else if (command.verb == "stats") {
@@ -114,10 +119,15 @@ class Story {
     return id;
   }
   void Start(const Command& c) {
-    stage_.limits = {.block_tokens = c.Number("block_tokens", 4), .block_count = c.Number("blocks", 16), .max_slots = c.Number("slots", 8),
-                     .max_batch_tokens = c.Number("batch_tokens", 16), .max_sequence_tokens = c.Number("length", 64), .vocab_size = kVocab};
+    stage_.limits = {.block_tokens = c.Number("block_tokens", 4),
+                     .block_count = c.Number("blocks", 16),
+                     .max_slots = c.Number("slots", 8),
+                     .max_batch_tokens = c.Number("batch_tokens", 16),
+                     .max_sequence_tokens = c.Number("length", 64),
+                     .vocab_size = kVocab};
     stages_ = c.Number("stages", 1);
-    engine_ = std::make_unique<Engine>(Engine::Options{.queue_capacity = c.Number("queue", 16), .prefix_cache = c.Text("cache") != "off"}, stage_);
+    engine_ = std::make_unique<Engine>(
+        Engine::Options{.queue_capacity = c.Number("queue", 16), .prefix_cache = c.Text("cache") != "off"}, stage_);
     if (c.Text("group") == "none") return;
     Ready(c);
     StepAt(0);
@@ -136,7 +146,8 @@ class Story {
     std::istringstream ranges(c.Text("tokens"));
     for (std::string range; std::getline(ranges, range, ',');) {
       const size_t dots = range.find("..");
-      const int32_t first = std::stoi(range), end = dots == std::string::npos ? first + 1 : std::stoi(range.substr(dots + 2));
+      const int32_t first = std::stoi(range),
+                    end = dots == std::string::npos ? first + 1 : std::stoi(range.substr(dots + 2));
       for (int32_t token = first; token < end; ++token) request.tokens.push_back(token);
     }
     for (int32_t i = 0; i < static_cast<int32_t>(request.tokens.size()); ++i) request.positions.push_back({i, i, i});
@@ -146,10 +157,12 @@ class Story {
       auto input = std::make_shared<step::VisionInput>();
       input->id = ++pictures_;
       input->grid = {1, 2, 2 * count};
-      request.vision.push_back({.input = input, .runs = {{first, count}}, .content_hash = picture.substr(picture.find(':') + 1)});
+      request.vision.push_back(
+          {.input = input, .runs = {{first, count}}, .content_hash = picture.substr(picture.find(':') + 1)});
     }
     request.on_event = [this, name](const RequestEvent& event) { Tell(name, event); };
-    if (const Status status = engine_->Submit(std::move(request)); !status.ok()) out_ += name + ": " + status.ToString() + "\n";
+    if (const Status status = engine_->Submit(std::move(request)); !status.ok())
+      out_ += name + ": " + status.ToString() + "\n";
   }
   void Tell(const std::string& name, const RequestEvent& event) {
     if (const auto* token = std::get_if<TokenEvent>(&event)) {
@@ -171,7 +184,8 @@ class Story {
     stage_.plans.pop_front();
     step::StepResult result{.epoch = plan.epoch, .step = plan.step};
     for (const step::SequenceSpan& span : plan.spans) {
-      if (span.sample) result.samples.push_back({.sequence = span.sequence, .token = c.Number(stage_.names[span.sequence], 900)});
+      if (span.sample)
+        result.samples.push_back({.sequence = span.sequence, .token = c.Number(stage_.names[span.sequence], 900)});
     }
     stage_.events.push_back(std::move(result));
     StepAt(now_ms_);
@@ -182,9 +196,10 @@ class Story {
   }
   void Stats() {
     const EngineStats s = engine_->stats();
-    out_ += "running=" + std::to_string(s.running) + " waiting=" + std::to_string(s.waiting) + " in_flight=" + std::to_string(s.plans_in_flight) +
-            " blocks used=" + std::to_string(s.kv_blocks_used) + " cached=" + std::to_string(s.kv_blocks_cached) + " of " +
-            std::to_string(s.kv_blocks_total) + " preemptions=" + std::to_string(s.preemptions_total) + (engine_->idle() ? " idle" : "") +
+    out_ += "running=" + std::to_string(s.running) + " waiting=" + std::to_string(s.waiting) +
+            " in_flight=" + std::to_string(s.plans_in_flight) + " blocks used=" + std::to_string(s.kv_blocks_used) +
+            " cached=" + std::to_string(s.kv_blocks_cached) + " of " + std::to_string(s.kv_blocks_total) +
+            " preemptions=" + std::to_string(s.preemptions_total) + (engine_->idle() ? " idle" : "") +
             (s.group_ready ? "" : " no group: " + s.group_lost_reason) + "\n";
   }
 

@@ -1,7 +1,8 @@
 // tests/traces/trace_file.h — stories as text files: commands, a line ----, what they must print, an empty line.
 //
-// Lines that begin with # are comments and stay where they are. A runner answers one command at a time; the answers of a
-// block's commands are compared together. With --rewrite the file gets what was printed instead, to be read as a diff.
+// Lines that begin with # are comments and stay where they are. A runner answers one command at a time; the answers of
+// a block's commands are compared together. With --rewrite the file gets what was printed instead, to be read as a
+// diff.
 #pragma once
 #include <cstdio>
 #include <cstring>
@@ -32,7 +33,9 @@ struct Command {
     }
     return otherwise;
   }
-  int32_t Number(const std::string& key, int32_t otherwise) const { return Has(key) ? std::stoi(Text(key)) : otherwise; }
+  int32_t Number(const std::string& key, int32_t otherwise) const {
+    return Has(key) ? std::stoi(Text(key)) : otherwise;
+  }
 };
 
 inline Command ParseCommand(const std::string& line) {

@@ -1,5 +1,6 @@
-// Goal: the edges of the engine that traces do not show: refusals, calls out of callbacks, results that make no sense, the
-// bound on one plan's histories, and Submit and Cancel from many threads (run under ThreadSanitizer by -DSANITIZE=thread).
+// Goal: the edges of the engine that traces do not show: refusals, calls out of callbacks, results that make no sense,
+// the bound on one plan's histories, and Submit and Cancel from many threads (run under ThreadSanitizer by
+// -DSANITIZE=thread).
 #include "stage/engine/engine.h"
 
 #include <gtest/gtest.h>
@@ -17,7 +18,12 @@ using testing::FakeStages;
 using testing::Prompt;
 
 constexpr int32_t kVocab = 40;
-const step::PlanLimits kLimits{.block_tokens = 4, .block_count = 16, .max_slots = 4, .max_batch_tokens = 16, .max_sequence_tokens = 64, .vocab_size = kVocab};
+const step::PlanLimits kLimits{.block_tokens = 4,
+                               .block_count = 16,
+                               .max_slots = 4,
+                               .max_batch_tokens = 16,
+                               .max_sequence_tokens = 64,
+                               .vocab_size = kVocab};
 
 struct EngineTest : ::testing::Test {
   FakeStages stages{kVocab, true};
@@ -50,7 +56,8 @@ TEST_F(EngineTest, RefusesWhatIsFullDrainingTwiceOrTooLong) {
   EXPECT_TRUE(engine.Submit(Make(2, 3, 2)).ok());
   EXPECT_EQ(engine.Submit(Make(3, 3, 2)).code(), StatusCode::kResourceExhausted);
   engine.Step(0, std::chrono::microseconds(0));
-  EXPECT_EQ(engine.Submit(Make(3, 3, 2)).code(), StatusCode::kResourceExhausted) << "taken from the inbox, but still waiting";
+  EXPECT_EQ(engine.Submit(Make(3, 3, 2)).code(), StatusCode::kResourceExhausted)
+      << "taken from the inbox, but still waiting";
   EXPECT_EQ(engine.stats().waiting, 2);
   stages.Assemble(1, kLimits, 1);
   engine.Step(1, std::chrono::microseconds(0));  // hears of the group
@@ -136,7 +143,8 @@ TEST_F(EngineTest, KeepsTheGroupWhenNewsOfAnOlderOneComesLate) {
   Engine engine({}, old_news);
   old_news.Assemble(5, kLimits, 1);
   engine.Step(0, std::chrono::microseconds(0));
-  old_news.late = {step::GroupReady{.epoch = 4, .limits = kLimits, .stages = 3}, step::GroupLost{.epoch = 4, .reason = "old"}};
+  old_news.late = {step::GroupReady{.epoch = 4, .limits = kLimits, .stages = 3},
+                   step::GroupLost{.epoch = 4, .reason = "old"}};
   engine.Step(1, std::chrono::microseconds(0));
   engine.Step(2, std::chrono::microseconds(0));
   EXPECT_EQ(engine.stats().epoch, 5u);
@@ -157,7 +165,10 @@ TEST_F(EngineTest, AnswersRequestsFromManyThreadsAsIfEachWereAlone) {
   for (int t = 0; t < kThreads; ++t) {
     clients.emplace_back([&, t] {
       for (int i = 0; i < kEach; ++i) {
-        Prompt prompt{.id = static_cast<step::SequenceId>(t * kEach + i + 1), .tokens = {1, 2, 3, 4, i % 5}, .seed = static_cast<uint64_t>(i), .max_tokens = 1 + i % 9};
+        Prompt prompt{.id = static_cast<step::SequenceId>(t * kEach + i + 1),
+                      .tokens = {1, 2, 3, 4, i % 5},
+                      .seed = static_cast<uint64_t>(i),
+                      .max_tokens = 1 + i % 9};
         stages.Register(prompt);
         auto heard = std::make_shared<std::vector<int32_t>>();
         const auto alone = AloneTokens(prompt, kVocab).tokens;
@@ -167,7 +178,8 @@ TEST_F(EngineTest, AnswersRequestsFromManyThreadsAsIfEachWereAlone) {
             if (auto* token = std::get_if<TokenEvent>(&event)) return heard->push_back(token->token);
             const bool early = std::get<FinishEvent>(event).reason == FinishReason::kCancelled;
             cancelled += early;
-            const bool prefix = heard->size() <= alone.size() && std::equal(heard->begin(), heard->end(), alone.begin());
+            const bool prefix =
+                heard->size() <= alone.size() && std::equal(heard->begin(), heard->end(), alone.begin());
             wrong += !prefix || (!early && *heard != alone);
             ++finished;
           };
@@ -194,7 +206,9 @@ TEST_F(EngineTest, AnswersRequestsFromManyThreadsAsIfEachWereAlone) {
 // ---- The scheduler by itself ----
 
 Request Text(step::SequenceId id, int32_t prompt, int32_t max_tokens) {
-  Request request{.id = id, .tokens = std::vector<int32_t>(static_cast<size_t>(prompt), static_cast<int32_t>(id)), .max_tokens = max_tokens};
+  Request request{.id = id,
+                  .tokens = std::vector<int32_t>(static_cast<size_t>(prompt), static_cast<int32_t>(id)),
+                  .max_tokens = max_tokens};
   for (int32_t i = 0; i < prompt; ++i) request.positions.push_back({i, i, i});
   return request;
 }
@@ -207,7 +221,10 @@ TEST(Scheduler, FinishesASequenceWhoseTokenIsMissingOrNonsense) {
   EXPECT_FALSE(scheduler.Commit({.epoch = 2, .step = 0})) << "another epoch";
   EXPECT_FALSE(scheduler.Commit({.epoch = 1, .step = 1})) << "no such plan";
   EXPECT_TRUE(scheduler.TakeEvents().empty());
-  ASSERT_TRUE(scheduler.Commit({.epoch = 1, .step = 0, .samples = {{.sequence = 1, .token = 7}, {.sequence = 9, .token = 7}, {.sequence = 3, .token = kVocab}}}));
+  ASSERT_TRUE(scheduler.Commit(
+      {.epoch = 1,
+       .step = 0,
+       .samples = {{.sequence = 1, .token = 7}, {.sequence = 9, .token = 7}, {.sequence = 3, .token = kVocab}}}));
   const auto events = scheduler.TakeEvents();
   ASSERT_EQ(events.size(), 4u);
   EXPECT_EQ(std::get<TokenEvent>(events[0].event).token, 7);
@@ -220,11 +237,18 @@ TEST(Scheduler, FinishesASequenceWhoseTokenIsMissingOrNonsense) {
 }
 
 TEST(Scheduler, SplitsLongHistoriesOverPlans) {
-  // Four sequences of 400,000 tokens whose prefixes are cached could all sample in one plan; their histories, 1.6 million
-  // tokens, must not travel in one.
+  // Four sequences of 400,000 tokens whose prefixes are cached could all sample in one plan; their histories, 1.6
+  // million tokens, must not travel in one.
   constexpr int32_t kLong = 400'000, kBlock = 1000;
   Scheduler scheduler({});
-  scheduler.StartOver(1, {.block_tokens = kBlock, .block_count = 2000, .max_slots = 4, .max_batch_tokens = kLong + 10, .max_sequence_tokens = 1'000'000, .vocab_size = kVocab}, 4);
+  scheduler.StartOver(1,
+                      {.block_tokens = kBlock,
+                       .block_count = 2000,
+                       .max_slots = 4,
+                       .max_batch_tokens = kLong + 10,
+                       .max_sequence_tokens = 1'000'000,
+                       .vocab_size = kVocab},
+                      4);
   for (step::SequenceId id = 1; id <= 4; ++id) {
     Request request = Text(id, kLong, 5);
     request.tokens.assign(kLong, 1);
@@ -239,7 +263,7 @@ TEST(Scheduler, SplitsLongHistoriesOverPlans) {
   EXPECT_EQ(starts, (std::vector<size_t>{1, 2, 1})) << "one computes the prefix, then the others follow, two at a time";
 }
 
-TEST(Scheduler, TimesAStepFromItsScheduleToTheNextAfterItsCommit) {
+TEST(Scheduler, TimesTheQueueAndAStepFromItsScheduleToTheNextAfterItsCommit) {
   Scheduler scheduler({});
   scheduler.StartOver(1, kLimits, 1);
   scheduler.Add(Text(1, 3, 5), 100);
@@ -249,6 +273,8 @@ TEST(Scheduler, TimesAStepFromItsScheduleToTheNextAfterItsCommit) {
   ASSERT_TRUE(scheduler.Commit({.epoch = 1, .step = 0, .samples = {{.sequence = 1, .token = 7}}}));
   ASSERT_TRUE(scheduler.Schedule(190));
   EXPECT_EQ(scheduler.counters().last_step_micros, 40);
+  scheduler.Cancel(1);
+  EXPECT_EQ(std::get<FinishEvent>(scheduler.TakeEvents().back().event).queued_micros, 50);
 }
 
 }  // namespace

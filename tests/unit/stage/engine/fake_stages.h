@@ -1,9 +1,9 @@
 // tests/unit/stage/engine/fake_stages.h — stages in memory that check what the engine asks of them.
 //
-// The "model": the record of token i is Mix(record of token i-1, id, position, visual feature), the KV cache stores records
-// by block, and the next token is drawn from the last record. A wrong block, a block reused too early, a wrong position, a
-// missing image row or a stale sampler slot each change a record or are seen at once. AloneTokens() is the oracle: it walks
-// a request by itself, without blocks, plans or slots.
+// The "model": the record of token i is Mix(record of token i-1, id, position, visual feature), the KV cache stores
+// records by block, and the next token is drawn from the last record. A wrong block, a block reused too early, a wrong
+// position, a missing image row or a stale sampler slot each change a record or are seen at once. AloneTokens() is the
+// oracle: it walks a request by itself, without blocks, plans or slots.
 //
 // Thread safety: Register, AloneTokens and Wake from any thread, the rest by the engine thread.
 #pragma once
@@ -88,7 +88,11 @@ struct Prompt {
     return 0;
   }
   Request MakeRequest(int32_t vocab) const {
-    Request request{.id = id, .tokens = tokens, .position_delta = position_delta, .max_tokens = max_tokens, .ignore_stop_tokens = ignore_stop_tokens};
+    Request request{.id = id,
+                    .tokens = tokens,
+                    .position_delta = position_delta,
+                    .max_tokens = max_tokens,
+                    .ignore_stop_tokens = ignore_stop_tokens};
     for (int32_t i = 0; i < static_cast<int32_t>(tokens.size()); ++i) request.positions.push_back(PositionAt(i));
     request.params.seed = seed;
     request.params.min_tokens = min_tokens;
@@ -100,7 +104,8 @@ struct Prompt {
       input->id = image.id;
       input->grid = {1, 2, 2 * count};  // 4 patches a merged token
       input->patches = {image.picture};
-      request.vision.push_back({.input = input, .runs = image.runs, .content_hash = "picture " + std::to_string(image.picture)});
+      request.vision.push_back(
+          {.input = input, .runs = image.runs, .content_hash = "picture " + std::to_string(image.picture)});
     }
     if (grammar_length > 0) request.constraint = std::make_unique<ThirdsConstraint>(vocab, grammar_length);
     return request;
@@ -108,8 +113,8 @@ struct Prompt {
 };
 
 // The sampler of the fake last stage: the `draw`-th of the allowed tokens, stop tokens only once min_tokens is reached.
-inline int32_t Draw(uint64_t record, uint64_t seed, int32_t generated, int32_t min_tokens, const std::vector<int32_t>& stops, int32_t vocab,
-                    const std::function<bool(int32_t)>& allowed) {
+inline int32_t Draw(uint64_t record, uint64_t seed, int32_t generated, int32_t min_tokens,
+                    const std::vector<int32_t>& stops, int32_t vocab, const std::function<bool(int32_t)>& allowed) {
   std::vector<int32_t> choice;
   for (int32_t t = 0; t < vocab; ++t) {
     const bool stop = std::find(stops.begin(), stops.end(), t) != stops.end();
@@ -130,19 +135,22 @@ inline Alone AloneTokens(const Prompt& prompt, int32_t vocab) {
   ThirdsConstraint grammar(vocab, prompt.grammar_length);
   for (int32_t i = 0;; ++i) {
     const step::Position p = prompt.PositionAt(i);
-    for (const uint64_t part : {static_cast<uint64_t>(all[static_cast<size_t>(i)]), static_cast<uint64_t>(p.t), static_cast<uint64_t>(p.h),
-                                static_cast<uint64_t>(p.w), prompt.FeatureAt(i)}) {
+    for (const uint64_t part : {static_cast<uint64_t>(all[static_cast<size_t>(i)]), static_cast<uint64_t>(p.t),
+                                static_cast<uint64_t>(p.h), static_cast<uint64_t>(p.w), prompt.FeatureAt(i)}) {
       record = Mix(record, part);
     }
     if (i + 1 < static_cast<int32_t>(all.size())) continue;
-    if (prompt.grammar_length > 0 && static_cast<int32_t>(alone.tokens.size()) == prompt.grammar_length) return alone.reason = FinishReason::kStop, alone;
-    const int32_t token = Draw(record, prompt.seed, static_cast<int32_t>(alone.tokens.size()), prompt.min_tokens, prompt.stop_tokens, vocab,
-                               [&](int32_t t) { return prompt.grammar_length == 0 || grammar.Allows(t); });
+    if (prompt.grammar_length > 0 && static_cast<int32_t>(alone.tokens.size()) == prompt.grammar_length)
+      return alone.reason = FinishReason::kStop, alone;
+    const int32_t token =
+        Draw(record, prompt.seed, static_cast<int32_t>(alone.tokens.size()), prompt.min_tokens, prompt.stop_tokens,
+             vocab, [&](int32_t t) { return prompt.grammar_length == 0 || grammar.Allows(t); });
     alone.tokens.push_back(token);
     all.push_back(token);
     const Status accepted = grammar.Accept(token);
     (void)accepted;  // without a grammar it refuses everything; that is nothing to this walk
-    const bool stop = std::find(prompt.stop_tokens.begin(), prompt.stop_tokens.end(), token) != prompt.stop_tokens.end();
+    const bool stop =
+        std::find(prompt.stop_tokens.begin(), prompt.stop_tokens.end(), token) != prompt.stop_tokens.end();
     if (stop && !prompt.ignore_stop_tokens) return alone.reason = FinishReason::kStop, alone;
     if (static_cast<int32_t>(alone.tokens.size()) == prompt.max_tokens) return alone;
   }
@@ -180,7 +188,8 @@ class FakeStages : public step::Executor {
 
   Status SubmitVision(std::shared_ptr<const step::VisionInput> input) override {
     if (!up_) return UnavailableError("group is lost");
-    Expect(pixels_.insert(input->id).second, "vision " + std::to_string(input->id) + " is sent although stage 0 holds it");
+    Expect(pixels_.insert(input->id).second,
+           "vision " + std::to_string(input->id) + " is sent although stage 0 holds it");
     queue_.push_back({.vision = std::move(input)});
     return OkStatus();
   }
@@ -192,7 +201,8 @@ class FakeStages : public step::Executor {
     Expect(plan.epoch == epoch_ && plan.step == next_step_++, "wrong epoch or step");
     Expect(static_cast<int32_t>(unanswered_.size()) < stages_, "more plans in flight than stages");
     CheckOwnership(plan);
-    for (const step::VisionId id : plan.vision_released) Expect(pixels_.erase(id) == 1, "vision " + std::to_string(id) + " is released but was not sent");
+    for (const step::VisionId id : plan.vision_released)
+      Expect(pixels_.erase(id) == 1, "vision " + std::to_string(id) + " is released but was not sent");
     unanswered_.push_back(plan);
     queue_.push_back({.plan = plan});
     ++plans;
@@ -210,7 +220,9 @@ class FakeStages : public step::Executor {
     step::ExecutorEvent event = std::move(events_.front());
     events_.pop_front();
     if (const auto* ready = std::get_if<step::GroupReady>(&event)) up_ = ready->epoch == epoch_;
-    if (const auto* result = std::get_if<step::StepResult>(&event); result && result->epoch == epoch_ && !unanswered_.empty()) unanswered_.pop_front();
+    if (const auto* result = std::get_if<step::StepResult>(&event);
+        result && result->epoch == epoch_ && !unanswered_.empty())
+      unanswered_.pop_front();
     return event;
   }
   void Wake() override {
@@ -266,21 +278,26 @@ class FakeStages : public step::Executor {
     pixels_.clear();
   }
 
-  // No block that a plan in flight names is written for another sequence; after a span that samples, none of its sequence.
+  // No block that a plan in flight names is written for another sequence; after a span that samples, none of its
+  // sequence.
   void CheckOwnership(const step::StepPlan& plan) {
     largest_in_flight = std::max(largest_in_flight, static_cast<int64_t>(unanswered_.size()) + 1);
     std::vector<const step::StepPlan*> flying{&plan};
     for (const step::StepPlan& other : unanswered_) flying.push_back(&other);
     for (const step::SequenceSpan& span : plan.spans) {
       const std::set<step::BlockId> written(span.blocks.begin() + span.begin / limits_.block_tokens, span.blocks.end());
-      Expect(std::set<step::BlockId>(span.blocks.begin(), span.blocks.end()).size() == span.blocks.size(), "a block twice in one span");
+      Expect(std::set<step::BlockId>(span.blocks.begin(), span.blocks.end()).size() == span.blocks.size(),
+             "a block twice in one span");
       for (const step::StepPlan* other : flying) {
         for (const step::SequenceSpan& theirs : other->spans) {
           if (theirs.sequence == span.sequence) {
-            Expect(&theirs == &span || (other != &plan && !theirs.sample), "a sequence goes on before its token is known");
+            Expect(&theirs == &span || (other != &plan && !theirs.sample),
+                   "a sequence goes on before its token is known");
             continue;
           }
-          for (const step::BlockId block : theirs.blocks) Expect(!written.contains(block), "block " + std::to_string(block) + " is written while another sequence's plan in flight names it");
+          for (const step::BlockId block : theirs.blocks)
+            Expect(!written.contains(block),
+                   "block " + std::to_string(block) + " is written while another sequence's plan in flight names it");
         }
       }
     }
@@ -288,7 +305,10 @@ class FakeStages : public step::Executor {
 
   void Execute(const step::StepPlan& plan) {
     for (const step::SequenceStart& start : plan.starts) {
-      slots_[static_cast<size_t>(start.slot)] = {.sequence = start.sequence, .params = start.params, .tokens = start.tokens, .prompt_tokens = start.prompt_tokens};
+      slots_[static_cast<size_t>(start.slot)] = {.sequence = start.sequence,
+                                                 .params = start.params,
+                                                 .tokens = start.tokens,
+                                                 .prompt_tokens = start.prompt_tokens};
     }
     step::StepResult result{.epoch = plan.epoch, .step = plan.step};
     for (const step::SequenceSpan& span : plan.spans) {
@@ -296,7 +316,8 @@ class FakeStages : public step::Executor {
       const uint64_t record = ExecuteSpan(span);
       if (span.sample) result.samples.push_back({.sequence = span.sequence, .token = Sample(span, record)});
     }
-    for (const step::VisionId id : plan.vision_released) Expect(resident_.erase(id) == 1, "released input is not on stage 0");
+    for (const step::VisionId id : plan.vision_released)
+      Expect(resident_.erase(id) == 1, "released input is not on stage 0");
     events_.push_back(std::move(result));
   }
 
@@ -320,17 +341,19 @@ class FakeStages : public step::Executor {
     uint64_t truth = 0;
     for (int32_t i = 0; i < end; ++i) {
       const step::Position p = known.prompt.PositionAt(i);
-      for (const uint64_t part : {static_cast<uint64_t>(all[static_cast<size_t>(i)]), static_cast<uint64_t>(p.t), static_cast<uint64_t>(p.h),
-                                  static_cast<uint64_t>(p.w), known.prompt.FeatureAt(i)}) {
+      for (const uint64_t part : {static_cast<uint64_t>(all[static_cast<size_t>(i)]), static_cast<uint64_t>(p.t),
+                                  static_cast<uint64_t>(p.h), static_cast<uint64_t>(p.w), known.prompt.FeatureAt(i)}) {
         truth = Mix(truth, part);
       }
       if (i < span.begin) {
-        Expect(at(i) == truth, who + "reads a wrong KV record at token " + std::to_string(i) + " of " + std::to_string(end));
+        Expect(at(i) == truth,
+               who + "reads a wrong KV record at token " + std::to_string(i) + " of " + std::to_string(end));
         continue;
       }
       const auto k = static_cast<size_t>(i - span.begin);
       uint64_t record = i == 0 ? 0 : at(i - 1);
-      for (const uint64_t part : {static_cast<uint64_t>(span.tokens[k]), static_cast<uint64_t>(span.positions[k].t), static_cast<uint64_t>(span.positions[k].h),
+      for (const uint64_t part : {static_cast<uint64_t>(span.tokens[k]), static_cast<uint64_t>(span.positions[k].t),
+                                  static_cast<uint64_t>(span.positions[k].h),
                                   static_cast<uint64_t>(span.positions[k].w), Feature(span, static_cast<int32_t>(k))}) {
         record = Mix(record, part);
       }
@@ -356,11 +379,14 @@ class FakeStages : public step::Executor {
     Slot& slot = slots_[static_cast<size_t>(span.slot)];
     const int32_t end = span.begin + static_cast<int32_t>(span.tokens.size());
     Expect(slot.sequence == span.sequence, "the sampler slot belongs to another sequence");
-    Expect(static_cast<int32_t>(slot.tokens.size()) == end && std::equal(span.tokens.begin(), span.tokens.end(), slot.tokens.begin() + span.begin),
+    Expect(static_cast<int32_t>(slot.tokens.size()) == end &&
+               std::equal(span.tokens.begin(), span.tokens.end(), slot.tokens.begin() + span.begin),
            "the sampler's history is not the sequence");
-    const int32_t token = Draw(record, slot.params.seed, end - slot.prompt_tokens, slot.params.min_tokens, slot.params.stop_tokens, vocab_, [&](int32_t t) {
-      return span.allowed.empty() || (span.allowed[static_cast<size_t>(t) / 32] >> (t % 32) & 1u);
-    });
+    const int32_t token =
+        Draw(record, slot.params.seed, end - slot.prompt_tokens, slot.params.min_tokens, slot.params.stop_tokens,
+             vocab_, [&](int32_t t) {
+               return span.allowed.empty() || (span.allowed[static_cast<size_t>(t) / 32] >> (t % 32) & 1u);
+             });
     slot.tokens.push_back(token);
     return token;
   }
@@ -373,17 +399,17 @@ class FakeStages : public step::Executor {
   int32_t stages_ = 0;
   std::vector<uint64_t> kv_;  // (block_count * block_tokens) records
   std::vector<Slot> slots_;
-  std::deque<Item> queue_;                  // sent, not executed
-  std::deque<step::StepPlan> unanswered_;   // sent, result not yet polled
-  std::set<step::VisionId> pixels_;         // as the engine must see it: sent and not released
+  std::deque<Item> queue_;                      // sent, not executed
+  std::deque<step::StepPlan> unanswered_;       // sent, result not yet polled
+  std::set<step::VisionId> pixels_;             // as the engine must see it: sent and not released
   std::map<step::VisionId, uint8_t> resident_;  // on stage 0, after what is executed
   std::deque<step::ExecutorEvent> events_;
   std::string failure_;
 
   std::mutex mutex_;
   std::condition_variable wake_;
-  bool woken_ = false;                         // guarded by mutex_
-  std::map<step::SequenceId, Known> known_;    // guarded by mutex_
+  bool woken_ = false;                       // guarded by mutex_
+  std::map<step::SequenceId, Known> known_;  // guarded by mutex_
 };
 
 }  // namespace qwen::engine::testing

@@ -29,7 +29,8 @@ struct Fixture : ::testing::Test {
     return blocks;
   }
   PrefixCache::Match Find(const std::string& text) {
-    return cache.Lookup(static_cast<int32_t>(text.size()), [&](int32_t i) { return text.substr(static_cast<size_t>(i), 1); });
+    return cache.Lookup(static_cast<int32_t>(text.size()),
+                        [&](int32_t i) { return text.substr(static_cast<size_t>(i), 1); });
   }
 };
 using PrefixCacheTest = Fixture;

@@ -1,5 +1,5 @@
-// Goal: a request that the stages could not run is refused by name before it is queued; two blocks have equal content iff
-// nothing that their KV depends on differs.
+// Goal: a request that the stages could not run is refused by name before it is queued; two blocks have equal content
+// iff nothing that their KV depends on differs.
 #include "stage/engine/sequence.h"
 
 #include <gtest/gtest.h>
@@ -21,7 +21,9 @@ Request Valid() {
   return request;
 }
 
-TEST(ValidateRequest, AcceptsAValidRequest) { EXPECT_TRUE(ValidateRequest(Valid()).ok()) << ValidateRequest(Valid()).ToString(); }
+TEST(ValidateRequest, AcceptsAValidRequest) {
+  EXPECT_TRUE(ValidateRequest(Valid()).ok()) << ValidateRequest(Valid()).ToString();
+}
 
 TEST(ValidateRequest, NamesTheFieldThatIsWrong) {
   const struct {
@@ -37,12 +39,27 @@ TEST(ValidateRequest, NamesTheFieldThatIsWrong) {
       {"on_event", [](Request& r) { r.on_event = nullptr; }},
       {"vision[0].input: null", [](Request& r) { r.vision[0].input = nullptr; }},
       {"vision[1].input.id", [](Request& r) { r.vision.push_back(r.vision[0]); }},
-      {"vision[0].runs: outside", [](Request& r) { r.vision[0].runs = {{5, 4}}; }},
-      {"vision[0].runs: outside", [](Request& r) { r.vision[0].runs = {{2, -4}}; }},
-      {"vision[0].runs: 3 placeholder", [](Request& r) { r.vision[0].runs = {{2, 3}}; }},
+      {"vision[0].runs: outside",
+       [](Request& r) {
+         r.vision[0].runs = {{5, 4}};
+       }},
+      {"vision[0].runs: outside",
+       [](Request& r) {
+         r.vision[0].runs = {{2, -4}};
+       }},
+      {"vision[0].runs: 3 placeholder",
+       [](Request& r) {
+         r.vision[0].runs = {{2, 3}};
+       }},
       {"vision[0].runs: 0 placeholder", [](Request& r) { r.vision[0].runs = {}; }},
-      {"vision[0].runs: not in order", [](Request& r) { r.vision[0].runs = {{4, 2}, {2, 2}}; }},
-      {"vision: runs overlap", [](Request& r) { r.vision[0].runs = {{2, 2}, {3, 2}}; }},
+      {"vision[0].runs: not in order",
+       [](Request& r) {
+         r.vision[0].runs = {{4, 2}, {2, 2}};
+       }},
+      {"vision: runs overlap",
+       [](Request& r) {
+         r.vision[0].runs = {{2, 2}, {3, 2}};
+       }},
   };
   for (const auto& c : cases) {
     Request request = Valid();
@@ -62,7 +79,8 @@ TEST(ValidateRequestLimits, StatesTheLimitAndWhatWasAsked) {
             "max_tokens: 8 prompt + 5 max_tokens = 13 tokens asked, the model's limit is 12");
   step::PlanLimits small = limits;
   small.max_sequence_tokens = 100;
-  EXPECT_EQ(ValidateRequestLimits(request, 8, small).message(), "max_tokens: 8 prompt + 5 max_tokens = 13 tokens asked, the KV cache holds 12");
+  EXPECT_EQ(ValidateRequestLimits(request, 8, small).message(),
+            "max_tokens: 8 prompt + 5 max_tokens = 13 tokens asked, the KV cache holds 12");
   request = Valid();
   request.tokens[0] = 10;
   EXPECT_EQ(ValidateRequestLimits(request, 8, limits).message(), "tokens: id 10 is not in the vocabulary of 10");
@@ -115,16 +133,23 @@ TEST(BlockContent, IsEqualIffNothingThatItsKvDependsOnDiffers) {
   EXPECT_NE(changed([](Request& r) { r.positions[7].h = 6; }), content);
   EXPECT_NE(changed([](Request& r) { r.vision[0].content_hash = "dog"; }), content);
   EXPECT_NE(changed([](Request& r) { r.vision.clear(); }), content);
-  EXPECT_NE(changed([](Request& r) { r.vision[0].runs = {{0, 1}, {2, 3}}; }), content) << "other rows at the same tokens";
+  EXPECT_NE(changed([](Request& r) {
+              r.vision[0].runs = {{0, 1}, {2, 3}};
+            }),
+            content)
+      << "other rows at the same tokens";
 }
 
 TEST(BlockContent, TellsTheRowsOfOnePictureFromThoseOfAnEqualOne) {
   // Block 1 shows rows 4..7 of the first picture, or rows 0..3 of the second, which is the same picture.
-  const auto content = [](std::vector<std::pair<int32_t, int32_t>> first, std::vector<std::pair<int32_t, int32_t>> second) {
-    Request request{.id = 1, .tokens = std::vector<int32_t>(16, 9), .positions = std::vector<step::Position>(16), .max_tokens = 1};
+  const auto content = [](std::vector<std::pair<int32_t, int32_t>> first,
+                          std::vector<std::pair<int32_t, int32_t>> second) {
+    Request request{
+        .id = 1, .tokens = std::vector<int32_t>(16, 9), .positions = std::vector<step::Position>(16), .max_tokens = 1};
     auto input = std::make_shared<step::VisionInput>();
     input->grid = {1, 4, 8};
-    request.vision = {{.input = input, .runs = std::move(first), .content_hash = "cat"}, {.input = input, .runs = std::move(second), .content_hash = "cat"}};
+    request.vision = {{.input = input, .runs = std::move(first), .content_hash = "cat"},
+                      {.input = input, .runs = std::move(second), .content_hash = "cat"}};
     return Sequence(std::move(request), 0, 0).BlockContent(1, 4);
   };
   EXPECT_NE(content({{0, 8}}, {{8, 8}}), content({{0, 4}, {8, 4}}, {{4, 4}, {12, 4}}));

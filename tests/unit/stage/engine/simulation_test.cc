@@ -1,6 +1,6 @@
-// Goal: whatever the schedule, each request gets exactly the tokens that it gets alone. Method: thousands of small random
-// worlds (limits, prompts with shared beginnings and pictures, arrivals, cancels, lost and new groups) drive Engine against
-// FakeStages, which checks every plan and every KV read; the seed of a failing world is printed.
+// Goal: whatever the schedule, each request gets exactly the tokens that it gets alone. Method: thousands of small
+// random worlds (limits, prompts with shared beginnings and pictures, arrivals, cancels, lost and new groups) drive
+// Engine against FakeStages, which checks every plan and every KV read; the seed of a failing world is printed.
 // QP_SIM_SEEDS=n runs n worlds, QP_SIM_FIRST=s starts at seed s.
 #include <gtest/gtest.h>
 
@@ -35,12 +35,14 @@ struct Heard {
 };
 
 struct Totals {
-  int64_t plans = 0, spans = 0, samples = 0, cut_images = 0, preemptions = 0, cached_tokens = 0, epochs = 0, cancelled = 0, errors = 0, full_pipelines = 0;
+  int64_t plans = 0, spans = 0, samples = 0, cut_images = 0, preemptions = 0, cached_tokens = 0, epochs = 0,
+          cancelled = 0, errors = 0, full_pipelines = 0;
 };
 
 class World {
  public:
-  World(uint64_t seed, Totals& totals) : random_(seed), totals_(totals), stages_(kVocab, false), engine_(MakeOptions(), stages_) {}
+  World(uint64_t seed, Totals& totals)
+      : random_(seed), totals_(totals), stages_(kVocab, false), engine_(MakeOptions(), stages_) {}
 
   // The first thing that went wrong; empty when nothing did.
   std::string Run() {
@@ -66,7 +68,9 @@ class World {
   }
 
  private:
-  int32_t Pick(int32_t low, int32_t high) { return low + static_cast<int32_t>(random_() % static_cast<uint64_t>(high - low + 1)); }
+  int32_t Pick(int32_t low, int32_t high) {
+    return low + static_cast<int32_t>(random_() % static_cast<uint64_t>(high - low + 1));
+  }
   bool Chance(int32_t one_in) { return Pick(1, one_in) == 1; }
 
   Engine::Options MakeOptions() {
@@ -94,9 +98,11 @@ class World {
     if (Chance(3)) NewGroup();  // so fast that the engine may hear of both at once
   }
 
-  // Prompts begin like one of three texts, and show some of four pictures: the prefix cache gets hits, also inside pictures.
+  // Prompts begin like one of three texts, and show some of four pictures: the prefix cache gets hits, also inside
+  // pictures.
   Prompt MakePrompt() {
-    Prompt prompt{.id = static_cast<step::SequenceId>(next_ + 1), .seed = static_cast<uint64_t>(Chance(2) ? 7 : Pick(0, 1000))};
+    Prompt prompt{.id = static_cast<step::SequenceId>(next_ + 1),
+                  .seed = static_cast<uint64_t>(Chance(2) ? 7 : Pick(0, 1000))};
     std::mt19937_64 text(static_cast<uint64_t>(Pick(1, 3)));
     const int32_t alike = Pick(0, 30), length = Pick(1, 34);
     int32_t images = Chance(3) ? Pick(1, 3) : 0;
@@ -118,7 +124,8 @@ class World {
       prompt.images.push_back(image);
       prompt.position_delta -= count / 2;
     }
-    if (!prompt.images.empty()) {  // as in M-RoPE: a picture's positions differ per axis and advance less than its tokens
+    if (!prompt.images
+             .empty()) {  // as in M-RoPE: a picture's positions differ per axis and advance less than its tokens
       for (int32_t i = 0; i < static_cast<int32_t>(prompt.tokens.size()); ++i) {
         const bool visual = prompt.FeatureAt(i) != 0;
         prompt.positions.push_back(visual ? step::Position{i / 2, i, i / 3} : step::Position{i, i, i});
@@ -181,7 +188,8 @@ class World {
       const FinishEvent& finish = heard.finishes[0];
       const Alone alone = AloneTokens(heard.prompt, kVocab);
       totals_.cached_tokens += finish.cached_prompt_tokens;
-      if (heard.tokens.size() > alone.tokens.size() || !std::equal(heard.tokens.begin(), heard.tokens.end(), alone.tokens.begin())) {
+      if (heard.tokens.size() > alone.tokens.size() ||
+          !std::equal(heard.tokens.begin(), heard.tokens.end(), alone.tokens.begin())) {
         return who + "other tokens than alone";
       }
       if (finish.reason == FinishReason::kCancelled) {
@@ -245,9 +253,11 @@ TEST(EngineSimulation, EveryRequestGetsTheTokensItGetsAlone) {
     const std::string wrong = world.Run();
     ASSERT_EQ(wrong, "") << "seed " << seed;
   }
-  std::printf("worlds %d plans %ld spans %ld samples %ld cut images %ld preemptions %ld cached tokens %ld epochs %ld cancelled %ld errors %ld full pipelines %ld\n",
-              count, totals.plans, totals.spans, totals.samples, totals.cut_images, totals.preemptions, totals.cached_tokens, totals.epochs, totals.cancelled,
-              totals.errors, totals.full_pipelines);
+  std::printf(
+      "worlds %d plans %ld spans %ld samples %ld cut images %ld preemptions %ld cached tokens %ld epochs %ld cancelled "
+      "%ld errors %ld full pipelines %ld\n",
+      count, totals.plans, totals.spans, totals.samples, totals.cut_images, totals.preemptions, totals.cached_tokens,
+      totals.epochs, totals.cancelled, totals.errors, totals.full_pipelines);
   if (count < 500) return;
   // The worlds did contain what they are meant to contain.
   EXPECT_GT(totals.preemptions, count / 20);

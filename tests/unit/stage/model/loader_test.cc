@@ -1,0 +1,126 @@
+// weights/loader.h through real files: both expert layouts, dtype conversion, tied heads, FP8 blocks, wrong shapes.
+#include "stage/weights/loader.h"
+
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "tests/unit/stage/model/tiny_model.h"
+
+namespace qwen::weights {
+namespace {
+
+namespace fs = std::filesystem;
+
+class LoaderTest : public ::testing::Test {
+ protected:
+  LoaderTest() {
+    shape_.vision.reset();
+    shape_.tie_embeddings = false;
+    std::string pattern = (fs::temp_directory_path() / "loader_test.XXXXXX").string();
+    dir_ = mkdtemp(pattern.data());
+  }
+  ~LoaderTest() override { fs::remove_all(dir_); }
+
+  // model.safetensors under the names that Qwen3-VL-MoE has on disk.
+  void Write(const std::map<std::string, at::Tensor>& slots) {
+    nlohmann::json header = nlohmann::json::object();
+    std::string data;
+    for (const auto& [slot, value] : slots) {
+      const at::Tensor tensor = value.contiguous();
+      const char* dtype = tensor.scalar_type() == at::kFloat ? "F32" : tensor.scalar_type() == at::kBFloat16 ? "BF16" : "F8_E4M3";
+      const std::string key = slot == "lm_head.weight" ? slot : "model.language_model." + slot;
+      header[key] = {{"dtype", dtype}, {"shape", tensor.sizes().vec()}, {"data_offsets", {data.size(), data.size() + tensor.nbytes()}}};
+      data.append(static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes());
+    }
+    const std::string text = header.dump();
+    const uint64_t length = text.size();
+    std::ofstream file(dir_ / "model.safetensors", std::ios::binary);
+    file.write(reinterpret_cast<const char*>(&length), sizeof(length));
+    file << text << data;
+    file.close();
+    std::ofstream(dir_ / "config.json") << "{}";
+  }
+  Result<TensorMap> Load(at::ScalarType dtype, StageSpec spec = {.layers = {0, 4}}) {
+    ASSIGN_OR_RETURN(Checkpoint checkpoint, Checkpoint::Open(dir_.string()));
+    return LoadTensors(checkpoint, shape_, {.spec = spec, .dtype = dtype});
+  }
+
+  contract::ModelShape shape_ = model::TinyShape();
+  TensorMap weights_ = model::TinyWeights(shape_);
+  fs::path dir_;
+};
+
+TEST_F(LoaderTest, TensorsOfAFloat32CheckpointArriveUnchanged) {
+  Write({weights_.begin(), weights_.end()});
+  const TensorMap loaded = Load(at::kFloat).value();
+  ASSERT_EQ(loaded.size(), weights_.size());
+  for (const auto& [slot, tensor] : weights_) EXPECT_TRUE(loaded.at(slot).equal(tensor)) << slot;
+}
+
+TEST_F(LoaderTest, TheHubsTransposedExpertsBecomeTheSameTensors) {
+  std::map<std::string, at::Tensor> hub(weights_.begin(), weights_.end());
+  for (auto& [slot, tensor] : hub) {
+    if (slot.find("mlp.experts.") != std::string::npos) tensor = tensor.transpose(1, 2).contiguous();
+  }
+  Write(hub);
+  const TensorMap loaded = Load(at::kFloat).value();
+  for (const auto& [slot, tensor] : weights_) {
+    EXPECT_TRUE(loaded.at(slot).equal(tensor)) << slot;
+    EXPECT_TRUE(loaded.at(slot).is_contiguous()) << slot;
+  }
+}
+
+TEST_F(LoaderTest, AStageGetsItsLayersAndTheDtypeAskedFor) {
+  Write({weights_.begin(), weights_.end()});
+  const TensorMap loaded = Load(at::kBFloat16, {.layers = {1, 3}, .index = 1, .stages = 3}).value();
+  EXPECT_EQ(loaded.count("embed_tokens.weight") + loaded.count("norm.weight") + loaded.count("lm_head.weight"), 0u);
+  for (const auto& [slot, tensor] : loaded) {
+    EXPECT_TRUE(slot.starts_with("layers.1.") || slot.starts_with("layers.2.")) << slot;
+    EXPECT_TRUE(tensor.equal(weights_.at(slot).to(at::kBFloat16))) << slot;
+  }
+}
+
+TEST_F(LoaderTest, ATiedHeadSharesTheEmbeddingsMemory) {
+  shape_.tie_embeddings = true;
+  std::map<std::string, at::Tensor> tied(weights_.begin(), weights_.end());
+  tied.erase("lm_head.weight");
+  Write(tied);
+  const TensorMap loaded = Load(at::kFloat).value();
+  EXPECT_EQ(loaded.at("lm_head.weight").const_data_ptr(), loaded.at("embed_tokens.weight").const_data_ptr());
+}
+
+TEST_F(LoaderTest, Fp8BlocksAreMultipliedByTheirScale) {
+  shape_.quantization = contract::QuantizationShape{.block_rows = 8, .block_columns = 16};
+  std::map<std::string, at::Tensor> stored(weights_.begin(), weights_.end());
+  const std::string slot = "layers.0.self_attn.q_proj.weight";  // (32, 24): 4 x 2 blocks, the second column of blocks half full
+  const at::Tensor quantized = (stored[slot] * 64).to(at::kFloat8_e4m3fn), scale = at::rand({4, 2}) + 0.5;
+  stored[slot] = quantized;
+  stored[slot + "_scale_inv"] = scale;
+  Write(stored);
+  const Result<TensorMap> loaded = Load(at::kFloat);
+  ASSERT_TRUE(loaded.ok()) << loaded.status().ToString();
+  EXPECT_EQ(loaded->count(slot + "_scale_inv"), 0u);
+  const at::Tensor wide = quantized.to(at::kFloat);
+  for (int r = 0; r < 32; ++r) {
+    for (int c = 0; c < 24; ++c) {
+      EXPECT_FLOAT_EQ(loaded->at(slot)[r][c].item<float>(), wide[r][c].item<float>() * scale[r / 8][c / 16].item<float>());
+    }
+  }
+}
+
+TEST_F(LoaderTest, AWrongShapeNamesTheTensor) {
+  std::map<std::string, at::Tensor> wrong(weights_.begin(), weights_.end());
+  wrong["layers.2.self_attn.q_norm.weight"] = at::ones({9});
+  Write(wrong);
+  const Result<TensorMap> loaded = Load(at::kFloat);
+  EXPECT_EQ(loaded.status().code(), StatusCode::kDataLoss);
+  EXPECT_NE(loaded.status().message().find("layers.2.self_attn.q_norm.weight"), std::string::npos) << loaded.status().ToString();
+}
+
+}  // namespace
+}  // namespace qwen::weights
