@@ -44,8 +44,8 @@ Result<std::unique_ptr<ConstraintCompiler>> ConstraintCompiler::Load(const Token
                                                                      int32_t vocab_size, std::vector<int32_t> eos) {
   qt_compiler* handle = nullptr;
   std::string message;
-  const qt_code code = qt_compiler_new(tokenizer.handle(), vocab_size, eos.data(), eos.size(), &handle, AppendToString,
-                                       &message);
+  const qt_code code =
+      qt_compiler_new(tokenizer.handle(), vocab_size, eos.data(), eos.size(), &handle, AppendToString, &message);
   if (code != QT_OK) return StatusOf(code, std::move(message)).WithContext(checkpoint_dir);
   return std::unique_ptr<ConstraintCompiler>(new ConstraintCompiler(handle, std::move(eos)));
 }

@@ -1,9 +1,9 @@
 // stage/text/detokenizer.h — ids to text, one at a time. The concatenation of every Push and of Finish equals
 // Tokenizer::Decode of all ids; a character that spans tokens appears with the token that completes it.
 //
-// Bytes that can never become UTF-8 turn into U+FFFD as String::from_utf8_lossy (and so transformers) does: one for each
-// maximal ill-formed part (Unicode 15, section 3.9, "substitution of maximal subparts").
-// Thread safety: none; one per stream. `tokenizer` must outlive it.
+// Bytes that can never become UTF-8 turn into U+FFFD as String::from_utf8_lossy (and so transformers) does: one for
+// each maximal ill-formed part (Unicode 15, section 3.9, "substitution of maximal subparts"). Thread safety: none; one
+// per stream. `tokenizer` must outlive it.
 #pragma once
 #include <string>
 #include <string_view>

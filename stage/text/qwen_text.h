@@ -3,8 +3,8 @@
  *
  * Conventions
  *  - Text in: UTF-8 bytes with a size, not zero-terminated, borrowed for the call.
- *  - Data out: through a qt_sink. A call that returns QT_OK may have called the sink with its result (once); a call that
- *    returns anything else has called it once with the message, UTF-8, for people. So no memory changes owner.
+ *  - Data out: through a qt_sink. A call that returns QT_OK may have called the sink with its result (once); a call
+ * that returns anything else has called it once with the message, UTF-8, for people. So no memory changes owner.
  *  - Objects: made by *_new, ended by *_free (null is allowed). A qt_constraint keeps alive what it needs of its
  *    qt_compiler, and a qt_compiler of its qt_tokenizer: any order of *_free is right.
  *  - Panics never cross: every function catches them, and gives QT_INTERNAL with the panic's message.
@@ -98,7 +98,8 @@ qt_code qt_constraint_new(const qt_compiler* compiler, qt_grammar grammar, const
 void qt_constraint_free(qt_constraint* constraint);
 /* Sets bit i%32 of word i/32 for every token that may come next, in `words` zeroed words, words >= ceil(vocab/32). */
 qt_code qt_constraint_mask(qt_constraint* constraint, uint32_t* mask, size_t words, qt_sink sink, void* context);
-/* Moves on by one sampled token. QT_INVALID_ARGUMENT when the grammar does not allow it; the state is then unchanged. */
+/* Moves on by one sampled token. QT_INVALID_ARGUMENT when the grammar does not allow it; the state is then unchanged.
+ */
 qt_code qt_constraint_accept(qt_constraint* constraint, int32_t token, qt_sink sink, void* context);
 /* 1: the grammar is complete and only an end-of-sequence token may follow (or one has been accepted). */
 int qt_constraint_finished(const qt_constraint* constraint);

@@ -36,8 +36,7 @@ Result<std::vector<int32_t>> Tokenizer::Encode(std::string_view text, bool add_s
 
 Result<std::string> Tokenizer::Decode(std::span<const int32_t> ids, bool skip_special_tokens) const {
   std::string text;
-  const qt_code code =
-      qt_tokenizer_decode(handle_, ids.data(), ids.size(), skip_special_tokens, AppendToString, &text);
+  const qt_code code = qt_tokenizer_decode(handle_, ids.data(), ids.size(), skip_special_tokens, AppendToString, &text);
   if (code != QT_OK) return StatusOf(code, std::move(text));
   return text;
 }

@@ -111,7 +111,7 @@ class Tool:
 
 class Report:
     def __init__(self):
-        self.checked, self.failures = {}, []
+        self.checked, self.failures, self.lenient = {}, [], 0
 
     def equal(self, what, ours, theirs, case):
         self.checked[what] = self.checked.get(what, 0) + 1
@@ -188,8 +188,7 @@ def check_templates(tool, rng, report, special_tokens):
                 report.equal(what, ours.get("ok", ours.get("error")), theirs, (name, context))
                 rendered[name] = rendered.get(name, 0) + 1
             elif "ok" in ours:
-                report.lenient = getattr(report, "lenient", [])
-                report.lenient.append((name, theirs_error))
+                report.lenient += 1
     assert rendered["qwen3_vl"] > 20, rendered
     for source, context in hard_templates():
         context = {"messages": [{"role": "user", "content": "x"}], **context}
@@ -243,9 +242,7 @@ def main():
     check_templates(tool, rng, report, hf.special_tokens_map)
     check_refusals(tool, report)
     print(f"{time.time() - started:.1f} s;", ", ".join(f"{count} {what}" for what, count in report.checked.items()))
-    if hasattr(report, "lenient"):
-        print(f"rendered where Jinja2 refuses: {len(report.lenient)}")
-        for entry in sorted(set(report.lenient)): print("  ", entry)
+    print(f"rendered where Jinja2 refuses: {report.lenient}")
     if report.failures:
         sys.exit(f"{len(report.failures)} differences: { {what: report.failures.count(what) for what in set(report.failures)} }")
 

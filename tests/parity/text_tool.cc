@@ -1,5 +1,5 @@
-// tests/parity/text_tool.cc — stage/text behind JSON lines, for text_parity.py: one request a line on stdin, one answer a
-// line on stdout ({"ok": ...} or {"error": message, "code": name}).
+// tests/parity/text_tool.cc — stage/text behind JSON lines, for text_parity.py: one request a line on stdin, one answer
+// a line on stdout ({"ok": ...} or {"error": message, "code": name}).
 //
 //   {"op":"load","dir":D}                       tokenizer of a checkpoint folder     -> size
 //   {"op":"encode","text":T,"special":B}        -> ids

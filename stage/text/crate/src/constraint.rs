@@ -80,11 +80,11 @@ impl Compiler {
                 TopLevelGrammar::from_json_schema(schema)
             }
             1 => {
-                check_nesting(text)?;
+                check_nesting(text, false)?;
                 TopLevelGrammar::from_regex(text)
             }
             2 => {
-                check_nesting(text)?;
+                check_nesting(text, true)?;
                 TopLevelGrammar::from_lark(text.to_string())
             }
             other => return Err(internal(format!("grammar kind {other}"))),
@@ -149,12 +149,18 @@ fn marked(name: &[u8]) -> Vec<u8> {
     word
 }
 
-fn check_nesting(text: &str) -> Result<(), Failure> {
-    let mut depth = 0usize;
+/// Counts brackets as the parsers see them: not behind a backslash, not inside a Lark string or a regex's [class].
+fn check_nesting(text: &str, lark: bool) -> Result<(), Failure> {
+    let (mut depth, mut quoted, mut escaped) = (0usize, None, false);
     for byte in text.bytes() {
         match byte {
-            b'(' | b'[' | b'{' => depth += 1,
-            b')' | b']' | b'}' => depth = depth.saturating_sub(1),
+            _ if escaped => escaped = false,
+            b'\\' => escaped = true,
+            _ if quoted.is_some() => quoted = quoted.filter(|end| *end != byte && byte != b'\n'),
+            b'"' if lark => quoted = Some(b'"'),
+            b'[' if !lark => quoted = Some(b']'),
+            b'(' | b'{' | b'[' => depth += 1,
+            b')' | b'}' | b']' => depth = depth.saturating_sub(1),
             _ => {}
         }
         if depth > NESTING_MAX {

@@ -11,6 +11,16 @@ pub fn install(environment: &mut Environment<'static>) {
         strip(&crate::pyvalue::py_str(text), chars, true, true).into()
     });
     environment.add_filter("string", |value: &Value| crate::pyvalue::py_str(value));
+    for name in ["length", "count"] {
+        environment.add_filter(name, |value: &Value| -> Result<usize, Error> {
+            // An undefined value has length 0 in Jinja2.
+            let length = if value.is_undefined() { Some(0) } else { value.len() };
+            length.ok_or_else(|| {
+                let message = format!("object of type {} has no len()", value.kind());
+                Error::new(minijinja::ErrorKind::InvalidOperation, message)
+            })
+        });
+    }
     environment.add_filter("tojson", |value: &Value, args| crate::pyvalue::tojson(value, args));
     environment.add_test("iterable", |value: &Value| {
         use ValueKind::*;

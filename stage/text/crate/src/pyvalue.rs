@@ -1,8 +1,60 @@
 //! Values as Python prints them: str(), repr() and json.dumps(), which is what a template written for Jinja2 expects.
 
-use minijinja::value::{Kwargs, Value, ValueKind};
+use indexmap::IndexMap;
+use minijinja::value::{Enumerator, Kwargs, Object, ObjectExt, ObjectRepr, Value, ValueKind};
 use minijinja::{Error, ErrorKind};
-use std::fmt::Write;
+use serde_json::Value as Json;
+use std::fmt::{self, Write};
+use std::sync::Arc;
+
+/// JSON as template values. Lists and objects are types of our own, so that minijinja, wherever it needs one as text
+/// (`~`, upper, join), takes Python's repr.
+pub fn from_json(json: Json) -> Value {
+    match json {
+        Json::Array(items) => Value::from_object(PyList(items.into_iter().map(from_json).collect())),
+        Json::Object(map) => Value::from_object(PyDict(map.into_iter().map(|(key, v)| (key, from_json(v))).collect())),
+        scalar => Value::from_serialize(scalar),
+    }
+}
+
+#[derive(Debug)]
+struct PyList(Vec<Value>);
+
+impl Object for PyList {
+    fn repr(self: &Arc<Self>) -> ObjectRepr {
+        ObjectRepr::Seq
+    }
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        self.0.get(key.as_usize()?).cloned()
+    }
+    fn enumerate(self: &Arc<Self>) -> Enumerator {
+        Enumerator::Seq(self.0.len())
+    }
+    fn render(self: &Arc<Self>, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&py_str(&Value::from_dyn_object(self.clone())))
+    }
+}
+
+#[derive(Debug)]
+struct PyDict(IndexMap<String, Value>);
+
+impl Object for PyDict {
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        self.0.get(key.as_str()?).cloned()
+    }
+    fn get_value_by_str(self: &Arc<Self>, key: &str) -> Option<Value> {
+        self.0.get(key).cloned()
+    }
+    fn enumerate(self: &Arc<Self>) -> Enumerator {
+        self.mapped_enumerator(|dict| Box::new(dict.0.keys().map(|key| Value::from(key.as_str()))))
+    }
+    fn enumerator_len(self: &Arc<Self>) -> Option<usize> {
+        Some(self.0.len())
+    }
+    fn render(self: &Arc<Self>, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&py_str(&Value::from_dyn_object(self.clone())))
+    }
+}
 
 /// str(value), and "" for an undefined one, as Jinja2 prints it.
 pub fn py_str(value: &Value) -> String {

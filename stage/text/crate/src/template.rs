@@ -2,7 +2,7 @@
 
 use crate::ffi::{Failure, exhausted, invalid, utf8};
 use crate::pycompat;
-use crate::pyvalue::py_str;
+use crate::pyvalue::{from_json, py_str};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind};
 use serde_json::{Map, Value as Json};
 use std::io;
@@ -87,8 +87,8 @@ impl ChatTemplate {
         names.extend(given);
         let template = self.environment.get_template(name).map_err(invalid)?;
         let mut out = Bounded { bytes: Vec::new(), size_max, full: false };
-        match template.render_captured_to(&names, &mut out) {
-            Ok(_) => {}
+        match template.render_captured_to(from_json(Json::Object(names)), &mut out).map(drop) {
+            Ok(()) => {}
             Err(_) if out.full => return Err(exhausted(format!("the prompt is longer than {size_max} bytes"))),
             Err(error) => return Err(failure(&error)),
         }
