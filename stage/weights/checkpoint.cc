@@ -124,7 +124,9 @@ Status Checkpoint::ReadManifest() {
   const std::string path = dir_ + "/weights_manifest.json";
   ASSIGN_OR_RETURN(const Json manifest, ReadJson(path));
   const Json& tensors = manifest.contains("tensors") && manifest["tensors"].is_object() ? manifest["tensors"] : manifest;
-  for (const auto& [key, value] : tensors.items()) {
+  for (const auto& item : tensors.items()) {  // not a structured binding: clang 14 cannot capture those
+    const std::string& key = item.key();
+    const Json& value = item.value();
     const auto fail = [&](const char* what) { return DataLossError(path + ": " + key.substr(0, 200) + ": " + what); };
     if (!value.is_object()) return fail("must be an object");
     ManifestTensor tensor;

@@ -54,9 +54,9 @@ TEST(Sizing, KvBlocksFollowTheManifestTheDeviceAndTheUsefulMaximum) {
   EXPECT_EQ(SizePipeline(spec, Shape235B(), std::nullopt)->kv_blocks, 0) << "CUDA, memory unknown: each stage measures";
   spec.engine.kv_cache_tokens = 5000;
   EXPECT_EQ(SizePipeline(spec, Shape235B(), std::nullopt)->kv_blocks, 313);  // ceil(5000 / 16)
-  spec.engine.kv_cache_tokens = 999;
+  spec.engine.kv_cache_tokens = 900;
   EXPECT_EQ(SizePipeline(spec, Shape235B(), std::nullopt).status().message(),
-            "spec.engine.kvCacheTokens: one sequence of 1000 tokens (maxModelLen) does not fit into 999");
+            "spec.engine.kvCacheTokens: one sequence of 1000 tokens (maxModelLen) does not fit into 900");
   spec.engine.kv_cache_tokens.reset();
   spec.engine.device = api::Device::kCpu;
   spec.engine.max_sequences = 3;
