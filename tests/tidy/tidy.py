@@ -15,8 +15,8 @@ LINES_MAX_DEFAULT = 800
 # Where a library's headers may be met (docs/style.md "Where each library lives"). Prefix of the include -> folders.
 LIBRARIES = {
     "torch/torch.h": [],
-    "ATen/": ["stage/ops", "stage/model", "stage/vision", "stage/sampling", "stage/worker", "stage/main.cc", "tests"],
-    "c10/": ["stage/ops", "stage/model", "stage/vision", "stage/sampling", "stage/worker", "stage/main.cc", "tests"],
+    "ATen/": ["stage/weights/loader.h", "stage/weights/loader.cc", "stage/ops", "stage/model", "stage/vision", "stage/sampling", "stage/worker", "stage/main.cc", "tests"],
+    "c10/": ["stage/weights/loader.h", "stage/weights/loader.cc", "stage/ops", "stage/model", "stage/vision", "stage/sampling", "stage/worker", "stage/main.cc", "tests"],
     "torch/": ["stage/ops", "stage/model", "stage/vision", "stage/sampling", "stage/worker", "tests"],
     "nccl.h": ["stage/transport/nccl_edge.cc", "tests"],
     "cuda": ["stage/kernels", "stage/ops", "stage/transport/nccl_edge.cc", "stage/worker", "tests"],
