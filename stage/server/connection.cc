@@ -203,9 +203,10 @@ void Connection::FailRead(ErrorCode error) {
 void Connection::Dispatch() {
   state_ = State::kAnswering;
   ++timer_generation_;  // no deadline of the connection's own while the engine works
-  request_.body = std::move(parser_->get().body());
+  HttpRequest request = request_;  // a copy: request_ keeps the id for the answer's header and the log
+  request.body = std::move(parser_->get().body());
   Watch();
-  shared_->handler(std::move(request_), std::make_shared<ConnectionWriter>(shared_from_this(), exchange_));
+  shared_->handler(std::move(request), std::make_shared<ConnectionWriter>(shared_from_this(), exchange_));
 }
 
 void Connection::Watch() {

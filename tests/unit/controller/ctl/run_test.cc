@@ -84,7 +84,7 @@ spec:
 class RunTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    dir_ = ::testing::TempDir() + "/run_" + ::testing::UnitTest::GetInstance()->current_test_info()->name();
+    dir_ = (fs::path(::testing::TempDir()) / "run_").string() + ::testing::UnitTest::GetInstance()->current_test_info()->name();
     fs::remove_all(dir_);
     fs::create_directories(dir_ + "/model");
     Write("model/config.json", R"({"model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -288,7 +288,7 @@ TEST_F(RunTest, AskPrintsTheAnswerAndATableAndEnds) {
   EXPECT_NE(out.find("ready http://127.0.0.1:"), std::string::npos) << out;
   EXPECT_NE(out.find("> Which digit is this? ["), std::string::npos) << out;
   EXPECT_NE(out.find("It is a six.\n"), std::string::npos) << out;
-  EXPECT_NE(out.find("stage-0  0:2     3.44 MB  750.0 ms"), std::string::npos) << out;
+  EXPECT_NE(out.find("stage-0     0:2  3.44 MB  750.0 ms"), std::string::npos) << out;
   EXPECT_NE(out.find("stage-1"), std::string::npos) << out;
   EXPECT_NE(out.find("12 prompt tokens, 3 generated"), std::string::npos) << out;
   const std::string question = Read("question.json");

@@ -75,7 +75,7 @@ inline constexpr char kTinyConfig[] = R"({"model_type": "qwen3_vl", "image_token
 inline constexpr char kTinyTemplate[] =
     "{%- if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
     "{%- for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{%- if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
     "{%- if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{%- elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
     "{%- else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
