@@ -1,8 +1,10 @@
 """What transformers 5.17.0 computes: the goldens that the C++ side is compared with (tests/parity).
 
 A request is {"name", "messages": [...]} in the chat form, or {"name", "prompt": "raw text"}; content parts are
-  {"type": "text", "text": ...}    {"type": "image", "image": PATH}    {"type": "video", "frames": [PATH, ...], "fps": 2.0}
-Paths are relative to the requests file. For each request the goldens hold, as safetensors:
+  {"type": "text", "text": ...}    {"type": "image", "image": PATH}    {"type": "video", "video": PATH}
+  {"type": "video", "frames": [PATH, ...], "fps": 2.0}
+Paths are relative to the requests file. A file is decoded with PyAV and its frames sampled by the video processor; of a list
+of frames all are shown (transformers refuses to sample such lists). For each request the goldens hold, as safetensors:
   input_ids (n) i64                    the prompt after template, placeholders expanded
   position_ids (3, n) i64, rope_delta (1) i64
   patches_u8 (patches, 1536) u8        resized pixels in patch order before normalisation: images first, then videos
@@ -95,23 +97,34 @@ class Oracle:
         images, videos, metadata = self.media(request, base)
         text = self.processor.apply_chat_template(request["messages"], tokenize=False, add_generation_prompt=True)
         return dict(self.processor(text=[text], images=images or None, videos=videos or None,
-                                   **({"video_metadata": metadata} if videos else {}), return_tensors="pt"))
+                                   **(self.as_sampled(metadata) if videos else {}), return_tensors="pt"))
+
+    @staticmethod
+    def as_sampled(metadata: list) -> dict:
+        return {"video_metadata": metadata, "do_sample_frames": False}
 
     def media(self, request: dict, base: Path) -> tuple:
         from PIL import Image
         from transformers.image_utils import load_image
-        from transformers.video_utils import VideoMetadata
+        from transformers.video_utils import VideoMetadata, load_video
         import numpy as np
         images, videos, metadata = [], [], []
         for message in request.get("messages", []):
             for part in message["content"] if isinstance(message["content"], list) else []:
                 if part["type"] == "image":
                     images.append(load_image(str(base / part["image"])))
+                elif part["type"] == "video" and "video" in part:
+                    frames, sampled = load_video(
+                        str(base / part["video"]), backend="pyav",
+                        sample_indices_fn=lambda metadata, **_: self.processor.video_processor.sample_frames(metadata))
+                    sampled.frames_indices = [int(i) for i in sampled.frames_indices]
+                    videos.append(torch.from_numpy(frames).permute(0, 3, 1, 2))
+                    metadata.append(sampled)
                 elif part["type"] == "video":
                     frames = [np.asarray(Image.open(base / f).convert("RGB")) for f in part["frames"]]
                     videos.append(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2))
                     metadata.append(VideoMetadata(total_num_frames=len(frames), fps=part["fps"],
-                                                  duration=len(frames) / part["fps"]))
+                                                  frames_indices=list(range(len(frames)))))
         return images, videos, metadata
 
     def patches_u8(self, request: dict, base: Path) -> torch.Tensor | None:
@@ -122,7 +135,7 @@ class Oracle:
         if images:
             out.append(self.processor.image_processor(images=images, **raw)["pixel_values"])
         if videos:
-            out.append(self.processor.video_processor(videos=videos, video_metadata=metadata, **raw)["pixel_values_videos"])
+            out.append(self.processor.video_processor(videos=videos, **self.as_sampled(metadata), **raw)["pixel_values_videos"])
         return torch.cat([p.to(torch.uint8) for p in out]) if out else None
 
     # --- outputs

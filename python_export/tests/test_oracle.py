@@ -70,7 +70,8 @@ def test_vision_items_cover_every_placeholder_and_patch_once(vision):
         assert covered == [i for i, x in enumerate(ids) if x in (config.image_token_id, config.video_token_id)]
         spans = sorted(tuple(item["patches"]) for item in golden.vision)
         assert [a for a, _ in spans] == [0, *[b for _, b in spans]][:len(spans)]
-    assert [len(i["runs"]) for i in goldens["mixed"].vision] == [1, 2]  # the image, then two frame pairs
+    assert [len(i["runs"]) for i in goldens["mixed"].vision] == [1, 3]  # the image; five frames, all shown
+    assert len(goldens["video"].vision[0]["runs"]) == 2  # four sampled frames of nine
 
 
 def test_positions_follow_the_grid_and_the_delta_continues_them(vision):

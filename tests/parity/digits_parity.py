@@ -33,6 +33,7 @@ def main() -> int:
     checkpoint, pictures = ROOT / "docs/examples/digits-checkpoint", ROOT / "docs/examples/digits"
     known = json.loads((pictures / "held_out.json").read_text())
     sprite, edge = Image.open(pictures / "held_out.png"), known["picture_edge"]
+    sprite.load()  # PIL decodes at the first crop, which the threads below would do all at once
 
     def cut(n: int) -> Image.Image:
         x, y = n % known["columns"] * edge, n // known["columns"] * edge

@@ -1,6 +1,8 @@
-"""The requests that the parity tests send: text, chat, one image, several images, video; pictures are drawn with a seed."""
+"""The requests that the parity tests send: text, chat, one image, several images, a video file, a video as a list of frames;
+pictures are drawn with a seed."""
 from pathlib import Path
 
+import av
 import numpy as np
 from PIL import Image
 
@@ -13,6 +15,16 @@ def picture(rng, height: int, width: int) -> Image.Image:
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
     noise = rng.integers(-20, 21, smooth.shape)
     return Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8))
+
+
+def write_clip(path: Path, frames: list, rate: int) -> None:
+    with av.open(str(path), "w") as writer:
+        stream = writer.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height = frames[0].size
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            writer.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        writer.mux(stream.encode())
 
 
 def chat(name: str, *parts, system: str | None = None) -> dict:
@@ -40,15 +52,18 @@ def vision_requests(directory: Path) -> list:
     rng = np.random.default_rng(SEED)
     for name, height, width in (("tall", 147, 90), ("wide", 64, 233), ("small", 40, 50)):
         picture(rng, height, width).save(directory / f"{name}.png")
-    for n in range(9):  # at 4 fps 9 frames are sampled down to 4
-        picture(rng, 72, 100).save(directory / f"frame{n}.png")
+    frames = [picture(rng, 72, 100) for _ in range(9)]
+    write_clip(directory / "clip.mp4", frames, rate=4)  # sampled down to 4 of 9 frames, at uneven distances
+    for n, frame in enumerate(frames[:5]):  # shown as they are; the odd last one is shown twice
+        frame.save(directory / f"frame{n}.png")
     image = lambda name: {"type": "image", "image": f"{name}.png"}
-    video = {"type": "video", "frames": [f"frame{n}.png" for n in range(9)], "fps": 4.0}
+    clip = {"type": "video", "video": "clip.mp4"}
+    frame_list = {"type": "video", "frames": [f"frame{n}.png" for n in range(5)], "fps": 4.0}
     return [
         {"name": "text", "prompt": "The quick brown fox jumps over 12345 lazy dogs"},
         chat("chat", text("What's 7 + 5?"), system="Answer briefly."),
         chat("image", image("tall"), text("What is in the picture?")),
         chat("images", text("Compare "), image("wide"), text(" with "), image("small"), text(".")),
-        chat("video", video, text("What happens?")),
-        chat("mixed", image("small"), video, text("Is the picture a frame?")),
+        chat("video", clip, text("What happens?")),
+        chat("mixed", image("small"), frame_list, text("Is the picture a frame?")),
     ]

@@ -74,8 +74,8 @@ class Pipeline:
             raise RuntimeError(f"{path}: {e.code} {e.read().decode()[:500]}") from e
 
 
-def data_url(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def data_url(path: Path, kind: str = "image/png") -> str:
+    return f"data:{kind};base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def openai_messages(messages: list, base: Path) -> list:
@@ -88,6 +88,8 @@ def openai_messages(messages: list, base: Path) -> list:
             for part in content:
                 if part["type"] == "image":
                     parts.append({"type": "image_url", "image_url": {"url": data_url(base / part["image"])}})
+                elif part["type"] == "video" and "video" in part:
+                    parts.append({"type": "video_url", "video_url": {"url": data_url(base / part["video"], "video/mp4")}})
                 elif part["type"] == "video":
                     parts.append({"type": "video", "video": [data_url(base / f) for f in part["frames"]], "fps": part["fps"]})
                 else:
