@@ -7,6 +7,7 @@
 #include "stage/kernels/common/limits.h"
 #include "stage/kernels/common/ptx.cuh"
 #include "stage/kernels/common/reduce.cuh"
+#include "stage/kernels/common/head.cuh"
 
 namespace qwen::kernels {
 namespace {
@@ -17,7 +18,6 @@ constexpr int kWarps = 4;
 constexpr int kStages = 2;            // tiles in flight per warp: 85 KiB a block, so that two blocks share an SM
 constexpr int kTileTokens = 16;       // one tile: 16 tokens of K and of V
 constexpr int kRows = 16;             // query heads of one kv head, padded
-constexpr int kHalf = kHeadDim / 2;
 constexpr int kStride = kHeadDim + 8; // bf16; 16 bytes of padding keep ldmatrix free of bank conflicts
 constexpr int kTileElements = kTileTokens * kStride;
 
@@ -32,26 +32,6 @@ struct Shared {
   float inbox[kRows * kHeadDim];  // (splits, share)
   float inbox_max[16][kRows], inbox_sum[16][kRows];
 };
-
-// A lane's share of one head: values 2*lane, 2*lane+1 and the two 64 later, which RoPE of halves pairs with them.
-struct HeadPart {
-  uint32_t low, high;
-};
-__device__ __forceinline__ HeadPart LoadHead(const __nv_bfloat16* head) {
-  const int lane = threadIdx.x & 31;
-  return {*reinterpret_cast<const uint32_t*>(head + 2 * lane), *reinterpret_cast<const uint32_t*>(head + kHalf + 2 * lane)};
-}
-// RMS-norm over the head, then q*cos + rotate_half(q)*sin, in the reference's roundings (each product and the sum to bf16).
-__device__ __forceinline__ void NormRope(const HeadPart& head, const HeadPart& weight, const HeadPart& cos_sin, float eps, __nv_bfloat16* out) {
-  const int lane = threadIdx.x & 31;
-  const float2 low = UnpackBf16(head.low), high = UnpackBf16(head.high), wl = UnpackBf16(weight.low), wh = UnpackBf16(weight.high);
-  const float2 c = UnpackBf16(cos_sin.low), s = UnpackBf16(cos_sin.high);
-  const float scale = rsqrtf(WarpSum(low.x * low.x + low.y * low.y + high.x * high.x + high.y * high.y) / kHeadDim + eps);
-  const float l0 = RoundBf16(RoundBf16(low.x * scale) * wl.x), l1 = RoundBf16(RoundBf16(low.y * scale) * wl.y);
-  const float h0 = RoundBf16(RoundBf16(high.x * scale) * wh.x), h1 = RoundBf16(RoundBf16(high.y * scale) * wh.y);
-  *reinterpret_cast<uint32_t*>(out + 2 * lane) = PackBf16(RoundBf16(l0 * c.x) - RoundBf16(h0 * s.x), RoundBf16(l1 * c.y) - RoundBf16(h1 * s.y));
-  *reinterpret_cast<uint32_t*>(out + kHalf + 2 * lane) = PackBf16(RoundBf16(h0 * c.x) + RoundBf16(l0 * s.x), RoundBf16(h1 * c.y) + RoundBf16(l1 * s.y));
-}
 
 __device__ __forceinline__ void ClusterStartedArrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void ClusterStartedWait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }

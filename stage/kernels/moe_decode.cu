@@ -1,9 +1,8 @@
-#include <cfloat>
-
 #include "stage/kernels/common/launch.cuh"
 #include "stage/kernels/common/limits.h"
 #include "stage/kernels/common/ptx.cuh"
 #include "stage/kernels/common/reduce.cuh"
+#include "stage/kernels/common/route.cuh"
 #include "stage/kernels/moe_decode.h"
 
 namespace qwen::kernels {
@@ -11,56 +10,6 @@ namespace {
 
 constexpr int kRouteWarps = 32;
 constexpr int kAssignmentsMax = 4096;
-
-// One warp: softmax in fp32 and top-k of one token; among equals the lowest expert id wins. Lane r < top_k gets rank r.
-__device__ __forceinline__ void RouteToken(const MoeShapeArgs& shape, const __nv_bfloat16* logits, bool normalise, int& expert, float& weight) {
-  constexpr int kPerLane = kMaxExperts / 32;
-  const int lane = threadIdx.x & 31;
-  float value[kPerLane];
-  float top = -FLT_MAX;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    value[i] = i * 32 + lane < shape.experts ? __bfloat162float(logits[i * 32 + lane]) : -FLT_MAX;
-    top = fmaxf(top, value[i]);
-  }
-  top = WarpMax(top);
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    value[i] = i * 32 + lane < shape.experts ? expf(value[i] - top) : -1.0f;
-    sum += fmaxf(value[i], 0.0f);
-  }
-  sum = WarpSum(sum);
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) value[i] = value[i] < 0.0f ? -1.0f : value[i] / sum;
-  float total = 0.0f;
-  expert = 0;
-  weight = 0.0f;
-  for (int rank = 0; rank < shape.top_k; ++rank) {
-    // A probability is >= 0, so its bits order as integers do: one 64-bit key of (bits, ~id) finds the maximum, lowest id first.
-    uint64_t best = 0;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (value[i] >= 0.0f) {
-        const uint64_t key = (static_cast<uint64_t>(__float_as_uint(value[i])) << 32) | static_cast<uint32_t>(~(i * 32 + lane));
-        best = key > best ? key : best;
-      }
-    }
-    const uint32_t high = __reduce_max_sync(0xffffffffu, static_cast<uint32_t>(best >> 32));
-    const uint32_t low = __reduce_max_sync(0xffffffffu, (best >> 32) == high ? static_cast<uint32_t>(best) : 0u);
-    const int picked = static_cast<int>(~low);
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      if (i * 32 + lane == picked) value[i] = -1.0f;
-    }
-    total += __uint_as_float(high);
-    if (lane == rank) {
-      expert = picked;
-      weight = __uint_as_float(high);
-    }
-  }
-  if (normalise) weight /= total;
-}
 
 // Groups the assignments by expert: count, scan, scatter. Whole block; `chosen` holds every assignment's expert.
 __device__ void GroupByExpert(const MoeShapeArgs& shape, const int16_t* chosen, const MoeRouting& routing) {
@@ -116,7 +65,7 @@ __global__ void __launch_bounds__(kRouteWarps * 32) MoeRouteSmallKernel(MoeShape
   if (token < shape.tokens) {
     int expert;
     float weight;
-    RouteToken(shape, logits + static_cast<size_t>(token) * shape.experts, normalise, expert, weight);
+    RouteToken(shape.experts, shape.top_k, logits + static_cast<size_t>(token) * shape.experts, normalise, expert, weight);
     if (lane < shape.top_k) {
       routing.expert_of[token * shape.top_k + lane] = expert;
       routing.weight_of[token * shape.top_k + lane] = __float2bfloat16_rn(weight);
@@ -135,7 +84,7 @@ __global__ void __launch_bounds__(128) MoeRouteTokensKernel(MoeShapeArgs shape, 
   if (token >= shape.tokens) return;
   int expert;
   float weight;
-  RouteToken(shape, logits + static_cast<size_t>(token) * shape.experts, normalise, expert, weight);
+  RouteToken(shape.experts, shape.top_k, logits + static_cast<size_t>(token) * shape.experts, normalise, expert, weight);
   if (lane < shape.top_k) {
     routing.expert_of[token * shape.top_k + lane] = expert;
     routing.weight_of[token * shape.top_k + lane] = __float2bfloat16_rn(weight);

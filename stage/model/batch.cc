@@ -60,14 +60,16 @@ Batch MakeBatch(const step::StepPlan& plan, const BatchOptions& options) {
       for (int64_t i = 0; i < slice.count; ++i) visual_rows.push_back(row + slice.span_offset + i);
     }
     if (span.sample) sample_rows.push_back(row + count - 1);
-    ops::AttentionSpan attention{.row_begin = row, .row_count = count, .kv_begin = span.begin};
+    span_counts.push_back(count);
+    const int64_t first = row;
+    row += count;
+    if (!options.attention) continue;
+    ops::AttentionSpan attention{.row_begin = first, .row_count = count, .kv_begin = span.begin};
     if (span.begin > 0) {
       attention.block_table = Upload({span.blocks.begin(), span.blocks.end()}, options.device);
       attention.mask = ops::CausalMask(span.begin, count, options.device);
     }
     batch.spans.push_back(std::move(attention));
-    span_counts.push_back(count);
-    row += count;
   }
   batch.token_ids = Upload(token_ids, options.device);
   batch.positions = Positions(plan, batch.tokens, options.device);

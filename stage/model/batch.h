@@ -22,6 +22,7 @@ struct BatchOptions {
   int64_t block_tokens = 16;
   RowGrouping grouping = RowGrouping::kPerSpan;
   at::Device device = at::kCPU;
+  bool attention = true;  // false: `spans` stays empty (a backend looks at the plan itself)
 };
 
 struct Batch {

@@ -77,8 +77,7 @@ Result<std::unique_ptr<StageModel>> StageModel::Create(const contract::ModelShap
   std::unique_ptr<StageModel> model(new StageModel(shape, options));
   RETURN_IF_ERROR(Guarded("binding weights and KV cache", [&]() -> Status {
     c10::InferenceMode inference;
-    model->Bind(tensors);
-    return OkStatus();
+    return model->Bind(tensors);
   }));
   if (model->first() && shape.vision && options.vision) {
     ASSIGN_OR_RETURN(model->encoder_, options.vision(tensors));
@@ -86,7 +85,8 @@ Result<std::unique_ptr<StageModel>> StageModel::Create(const contract::ModelShap
   return model;
 }
 
-void StageModel::Bind(const weights::TensorMap& tensors) {
+Status StageModel::Bind(const weights::TensorMap& given) {
+  weights::TensorMap tensors = given;  // handles: the backend may put views of merged tensors into their place
   if (first()) embedding_ = tensors.at("embed_tokens.weight");
   if (last()) {
     norm_ = tensors.at("norm.weight");
@@ -94,12 +94,23 @@ void StageModel::Bind(const weights::TensorMap& tensors) {
   }
   const auto kv_options = at::TensorOptions().dtype(options_.dtype).device(options_.device);
   for (int32_t layer = options_.layers.begin; layer < options_.layers.end; ++layer) {
-    layers_.emplace_back(shape_, DecoderLayer::Options{.layer = layer, .ties = options_.router_ties}, tensors);
     // Not zeroed: a row is read only after it was written, and untouched pages cost no memory on a CPU.
     const std::vector<int64_t> sizes = {options_.block_count, options_.block_tokens, shape_.kv_heads, shape_.head_dim};
     cache_.push_back({at::empty(sizes, kv_options), at::empty(sizes, kv_options)});
   }
   rotary_ = ops::MakeRotaryFrequencies(Rotary(shape_), options_.device);
+  if (options_.backend) {
+    auto backend = options_.backend(shape_, options_, tensors, cache_, rotary_);
+    if (backend.ok()) {
+      backend_ = std::move(backend).value();
+      return OkStatus();
+    }
+    if (backend.status().code() != StatusCode::kUnimplemented) return backend.status();
+  }
+  for (int32_t layer = options_.layers.begin; layer < options_.layers.end; ++layer) {
+    layers_.emplace_back(shape_, DecoderLayer::Options{.layer = layer, .ties = options_.router_ties}, tensors);
+  }
+  return OkStatus();
 }
 
 step::ActivationSizes StageModel::activation_sizes() const {
@@ -180,12 +191,32 @@ Result<StageOutput> StageModel::Forward(const step::StepPlan& plan, const StageA
   });
 }
 
+void StageModel::Release(const step::StepPlan& plan) {
+  for (step::VisionId id : plan.vision_released) {
+    const auto found = features_.find(id);
+    if (found == features_.end()) continue;
+    vision_tokens_ -= found->second.size(1);
+    features_.erase(found);
+  }
+}
+
 Result<StageOutput> StageModel::ForwardOrThrow(const step::StepPlan& plan, const StageActivations& input) {
-  const Batch batch = MakeBatch(
-      plan, {.block_tokens = options_.block_tokens, .grouping = options_.grouping, .device = options_.device});
+  if (backend_ && backend_->TakesDecode(plan)) {
+    Release(plan);
+    return backend_->Decode(plan, input);
+  }
+  const Batch batch = MakeBatch(plan, {.block_tokens = options_.block_tokens,
+                                       .grouping = options_.grouping,
+                                       .device = options_.device,
+                                       .attention = backend_ == nullptr});
   StageActivations state = input;
   if (first()) {
     ASSIGN_OR_RETURN(state, Embed(plan, batch));
+  }
+  if (backend_) {
+    Result<StageOutput> output = backend_->Prefill(plan, std::move(state), batch.visual_rows);
+    Release(plan);
+    return output;
   }
   const ops::RotaryTable rotary = ops::MakeRotaryTable(rotary_, batch.positions, options_.dtype, batch.groups);
   for (size_t i = 0; i < layers_.size(); ++i) {
@@ -199,12 +230,7 @@ Result<StageOutput> StageModel::ForwardOrThrow(const step::StepPlan& plan, const
       state.deepstack = left > 0 ? state.deepstack.narrow(0, 1, left) : at::Tensor();
     }
   }
-  for (step::VisionId id : plan.vision_released) {
-    const auto found = features_.find(id);
-    if (found == features_.end()) continue;
-    vision_tokens_ -= found->second.size(1);
-    features_.erase(found);
-  }
+  Release(plan);
   StageOutput output;
   if (!last()) {
     output.activations = std::move(state);

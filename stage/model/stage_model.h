@@ -2,8 +2,9 @@
 // in, the next stage's activations or logits out. Written once for qwen3_vl_moe, qwen3_vl, qwen3_moe and qwen3.
 //
 // Stage 0 also holds the embedding (and, through VisionEncoder, the vision tower), the last stage the final norm and
-// lm_head. Backend: ATen operators, in the reference's order of rounding (docs/numerics.md); the result of a sequence does
-// not depend on how the layers are split, and with RowGrouping::kPerSpan not on the rest of the batch either.
+// lm_head. Reference backend: ATen operators, in transformers' order of rounding (docs/numerics.md); the result of a
+// sequence does not depend on how the layers are split, and with RowGrouping::kPerSpan not on the rest of the batch either.
+// Another backend (stage_backend.h) may be given: then the layers run on it.
 //
 // State: the KV cache (addressed only through the plan's blocks) and, on stage 0, vision features until they are released.
 // Thread safety: none; one thread. Errors: a plan or activations that do not fit are kInvalidArgument, a library failure is
@@ -21,22 +22,13 @@
 #include "stage/contract/model_shape.h"
 #include "stage/model/batch.h"
 #include "stage/model/decoder_layer.h"
+#include "stage/model/stage_backend.h"
+#include "stage/model/stage_types.h"
 #include "stage/step/activation_shape.h"
 #include "stage/step/step_plan.h"
 #include "stage/weights/loader.h"
 
 namespace qwen::model {
-
-// What travels between stages (step/activation_shape.h gives the exact sizes).
-struct StageActivations {
-  at::Tensor hidden;     // (tokens, H) in the model's dtype
-  at::Tensor deepstack;  // (taps still owed, visual tokens in plan order, H); undefined when there are none
-};
-
-struct StageOutput {
-  StageActivations activations;  // hidden undefined on the last stage
-  at::Tensor logits;             // last stage: (samples, vocab) in the model's dtype, span order; undefined without samples
-};
 
 // One input's pixels to its features: (1 + taps, tokens, H), the merged features first, then one DeepStack tap each.
 using VisionEncoder = std::function<Result<at::Tensor>(const step::VisionInput&)>;
@@ -54,6 +46,9 @@ struct StageModelOptions {
   ops::RouterTies router_ties = ops::RouterTies::kLowestExpert;
   int32_t load_threads = 4;
   int64_t vision_tokens_max = 131072;    // merged tokens kept at once (at H = 4096 in bf16 with 3 taps 4.3 GB)
+  StageBackendFactory backend;           // empty: the reference (ATen operators)
+  int32_t max_batch_tokens = 2048;       // of one plan; what a backend prepares for
+  int32_t max_sequence_tokens = 0;       // of one sequence; 0: the shape's max_positions
   VisionEncoderFactory vision;           // stage 0 of a vision model; empty: AddVision is kFailedPrecondition
   // For tests and parity dumps: called with the residual stream before each layer of the range, and with `layer` == the
   // model's layer count before the final norm. Empty: no cost.
@@ -82,11 +77,13 @@ class StageModel {
   const contract::ModelShape& shape() const { return shape_; }
   step::ActivationSizes activation_sizes() const;
   int64_t vision_tokens() const { return vision_tokens_; }
+  bool fused() const { return backend_ != nullptr; }  // runs on options().backend
 
  private:
   StageModel(const contract::ModelShape& shape, const StageModelOptions& options);
-  void Bind(const weights::TensorMap& tensors);
+  Status Bind(const weights::TensorMap& tensors);
   Result<StageActivations> Embed(const step::StepPlan& plan, const Batch& batch);
+  void Release(const step::StepPlan& plan);  // vision features that the plan gives back
   Status CheckInput(const step::StepPlan& plan, const StageActivations& input) const;
   Result<StageOutput> ForwardOrThrow(const step::StepPlan& plan, const StageActivations& input);
 
@@ -97,6 +94,7 @@ class StageModel {
   std::vector<DecoderLayer> layers_;
   std::vector<ops::PagedKv> cache_;  // one per layer
   ops::RotaryFrequencies rotary_;
+  std::unique_ptr<StageBackend> backend_;  // null: layers_ compute
   VisionEncoder encoder_;
   std::map<step::VisionId, at::Tensor> features_;  // (1 + taps, tokens, H)
   int64_t vision_tokens_ = 0;                      // rows of all features_

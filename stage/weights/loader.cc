@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 
+#include <cmath>
 #include <optional>
 
 namespace qwen::weights {
@@ -97,6 +98,34 @@ Result<TensorMap> LoadTensors(Checkpoint& checkpoint, const contract::ModelShape
     return ResourceExhaustedError(std::string("weights do not fit: ") + error.what_without_backtrace());
   } catch (const c10::Error& error) {
     return InternalError(std::string("loading weights: ") + error.what_without_backtrace());
+  }
+}
+
+Result<TensorMap> RandomTensors(const contract::ModelShape& shape, const LoadOptions& options, uint64_t seed) {
+  try {
+    c10::InferenceMode inference;
+    TensorMap tensors;
+    for (const Slot& slot : StageSlots(shape, options.spec)) {
+      uint64_t hash = 0xcbf29ce484222325u ^ seed;  // FNV-1a: the same on every machine
+      for (const char c : slot.name) hash = (hash ^ static_cast<uint8_t>(c)) * 0x100000001b3u;
+      at::Tensor tensor = at::empty(slot.shape, at::TensorOptions().dtype(options.dtype).device(options.device));
+      if (slot.shape.size() >= 2) {
+        at::Generator generator = at::globalContext().defaultGenerator(options.device).clone();
+        generator.set_current_seed(hash);
+        // Rows of about one at a table of embeddings, else variance 1 / columns.
+        const bool table = slot.name == "embed_tokens.weight" || slot.name == "visual.pos_embed.weight";
+        tensor.normal_(0.0, table ? 1.0 : 1.0 / std::sqrt(static_cast<double>(slot.shape.back())), generator);
+      } else {
+        tensor.fill_(slot.name.ends_with(".bias") ? 0.0 : 1.0);
+      }
+      tensors[slot.name] = std::move(tensor);
+    }
+    if (options.spec.last() && shape.tie_embeddings && options.spec.first()) tensors["lm_head.weight"] = tensors.at("embed_tokens.weight");
+    return tensors;
+  } catch (const c10::OutOfMemoryError& error) {
+    return ResourceExhaustedError(std::string("random weights: ") + error.what_without_backtrace());
+  } catch (const c10::Error& error) {
+    return InternalError(std::string("random weights: ") + error.what_without_backtrace());
   }
 }
 

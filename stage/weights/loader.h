@@ -28,4 +28,9 @@ struct LoadOptions {
 // device's memory does not suffice.
 Result<TensorMap> LoadTensors(Checkpoint& checkpoint, const contract::ModelShape& shape, const LoadOptions& options);
 
+// Noise in place of a checkpoint: every tensor of the stage, made on its device from (seed, slot name), so the same for
+// every split. Matrices have the variance 1 / columns, so activations keep their size and a router is near uniform; norms
+// are 1, biases 0. For measuring shapes whose checkpoint is not at hand.
+Result<TensorMap> RandomTensors(const contract::ModelShape& shape, const LoadOptions& options, uint64_t seed);
+
 }  // namespace qwen::weights

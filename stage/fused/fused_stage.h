@@ -1,0 +1,86 @@
+// stage/fused/fused_stage.h — the CUDA backend of a stage's layers: the kernels of stage/kernels, one CUDA graph for each
+// batch size of decode, and for prompts the same kernels around LibTorch's products (cuBLAS, grouped_mm, flash attention).
+//
+// What it takes: sm_90, bf16, head_dim 128, no attention bias, sizes that the kernels want (Unfit says which); dense and
+// MoE layers. Everything else is kUnimplemented and runs on the reference.
+// Numerics: the reference's roundings; only the order of sums inside a product differs. Thread safety: one thread; the
+// constructor makes a stream of its own that thread's current stream, so the vision tower and the sampler follow it.
+// Memory: decode keeps buffers for kDecodeBatchMax tokens; a prompt's intermediates come from LibTorch's allocator.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <ATen/cuda/CUDAEvent.h>
+#include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "stage/contract/model_shape.h"
+#include "stage/model/stage_backend.h"
+#include "stage/model/stage_model.h"
+
+namespace qwen::fused {
+
+class FusedStage final : public model::StageBackend {
+ public:
+  static constexpr int64_t kDecodeBatchMax = 256;
+
+  static Result<std::unique_ptr<model::StageBackend>> Create(const contract::ModelShape& shape, const model::StageModelOptions& options,
+                                                             weights::TensorMap& tensors, const std::vector<ops::PagedKv>& cache,
+                                                             const ops::RotaryFrequencies& rotary);
+  // The first thing about `shape` that no kernel is made for; empty when all fits.
+  static std::string Unfit(const contract::ModelShape& shape, const model::StageModelOptions& options);
+
+  bool TakesDecode(const step::StepPlan& plan) const override;
+  Result<model::StageOutput> Decode(const step::StepPlan& plan, const model::StageActivations& input) override;
+  Result<model::StageOutput> Prefill(const step::StepPlan& plan, model::StageActivations state, const at::Tensor& visual_rows) override;
+
+ private:
+  struct Layer {
+    at::Tensor input_norm, post_norm, q_norm, k_norm;
+    at::Tensor qkv, o;            // ((heads + 2 * kv_heads) * 128, H), (H, heads * 128)
+    at::Tensor router;            // (experts, H); undefined in a dense layer
+    at::Tensor gate_up, down;     // (experts, 2I, H), (experts, H, I); dense: (2I, H), (H, I)
+    at::Tensor k_cache, v_cache;  // (blocks, block_tokens, kv_heads, 128)
+  };
+  // What the kernels read of a plan. One pinned buffer and its copy on the device, so a step costs one transfer.
+  struct Metadata {
+    int32_t *context, *tokens, *positions, *table;
+  };
+  struct DecodeBuffers {
+    at::Tensor input, hidden, normed, qkv, attended, cos_sin, logits;      // rows: kDecodeBatchMax
+    at::Tensor router_logits, expert_of, weight_of, group, order, active, partial;  // MoE
+    at::Tensor gate_up, dense;                                             // dense layers
+  };
+
+  FusedStage(const contract::ModelShape& shape, const model::StageModelOptions& options, weights::TensorMap& tensors,
+             const std::vector<ops::PagedKv>& cache, const ops::RotaryFrequencies& rotary);
+  void AllocateDecode();
+  Metadata At(int32_t* base) const;
+  void EnqueueDecode(int64_t tokens, int64_t table_stride);
+  void DecodeLinear(const at::Tensor& x, const at::Tensor& weight, at::Tensor& y, int64_t tokens, const at::Tensor* residual);
+  void DecodeMlp(const Layer& layer, int64_t tokens);
+  // Adds the block to `hidden` (in place) and returns it. `normed`: hidden after the post-attention norm.
+  at::Tensor PrefillMlp(const Layer& layer, at::Tensor hidden, const at::Tensor& normed);
+
+  const contract::ModelShape shape_;
+  const contract::LayerRange range_;
+  const bool first_, last_;
+  const int64_t block_tokens_, max_blocks_;  // of one sequence
+  const c10::cuda::CUDAStream stream_;
+  at::Tensor embedding_, norm_, lm_head_;
+  std::vector<Layer> layers_;
+  at::Tensor inverse_, axis_;  // (64) float32, (64) int32
+  double rotary_scaling_ = 1.0;
+
+  DecodeBuffers decode_;
+  at::Tensor host_meta_, device_meta_;  // int32
+  const at::cuda::MempoolId_t pool_ = at::cuda::graph_pool_handle();  // one for all graphs: they never run at the same time
+  at::cuda::CUDAEvent uploaded_;        // the last copy of host_meta_
+  std::map<std::pair<int64_t, int64_t>, std::unique_ptr<at::cuda::CUDAGraph>> graphs_;  // by (tokens, table stride)
+};
+
+}  // namespace qwen::fused

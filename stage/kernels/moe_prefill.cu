@@ -1,0 +1,158 @@
+#include "stage/kernels/common/launch.cuh"
+#include "stage/kernels/common/ptx.cuh"
+#include "stage/kernels/common/route.cuh"
+#include "stage/kernels/moe_prefill.h"
+
+namespace qwen::kernels {
+namespace {
+
+constexpr int kRouteWarps = 8;
+constexpr int kPlaceThreads = 512;
+
+__global__ void __launch_bounds__(kRouteWarps * 32) RouteKernel(MoeShapeArgs shape, const __nv_bfloat16* logits, MoePermutation out, bool normalise) {
+  __shared__ int count[kMaxExperts];
+  for (int e = threadIdx.x; e < shape.experts; e += blockDim.x) count[e] = 0;
+  __syncthreads();
+  GridDependencyWait();
+  GridDependencyLaunch();
+  const int token = static_cast<int>(blockIdx.x) * kRouteWarps + (threadIdx.x >> 5), lane = threadIdx.x & 31;
+  if (token < shape.tokens) {
+    int expert;
+    float weight;
+    RouteToken(shape.experts, shape.top_k, logits + static_cast<size_t>(token) * shape.experts, normalise, expert, weight);
+    if (lane < shape.top_k) {
+      out.expert_of[token * shape.top_k + lane] = expert;
+      out.weight_of[token * shape.top_k + lane] = __float2bfloat16_rn(weight);
+      atomicAdd(&count[expert], 1);
+    }
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < shape.experts; e += blockDim.x) {
+    if (count[e] > 0) atomicAdd(&out.count[e], count[e]);
+  }
+}
+
+// Block e finds the assignments of expert e in order. All blocks read all ids: 4 bytes an assignment out of the L2 cache.
+__global__ void __launch_bounds__(kPlaceThreads) PlaceKernel(MoeShapeArgs shape, MoePermutation out) {
+  __shared__ int warp_count[kPlaceThreads / 32];
+  __shared__ int base;
+  const int expert = blockIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  GridDependencyWait();
+  GridDependencyLaunch();
+  if (warp == 0) {
+    int before = 0;
+    for (int e = lane; e < expert; e += 32) before += out.count[e];
+    before = static_cast<int>(__reduce_add_sync(0xffffffffu, static_cast<unsigned>(before)));
+    if (lane == 0) {
+      base = before;
+      out.end[expert] = before + out.count[expert];
+    }
+  }
+  __syncthreads();
+  int next = base;
+  const int assignments = shape.tokens * shape.top_k;
+  for (int first = 0; first < assignments; first += kPlaceThreads) {
+    const int a = first + threadIdx.x;
+    const bool mine = a < assignments && out.expert_of[a] == expert;
+    const unsigned ballot = __ballot_sync(0xffffffffu, mine);
+    if (lane == 0) warp_count[warp] = __popc(ballot);
+    __syncthreads();
+    int row = next + __popc(ballot & ((1u << lane) - 1));
+    int all = 0;
+#pragma unroll
+    for (int w = 0; w < kPlaceThreads / 32; ++w) {
+      if (w < warp) row += warp_count[w];
+      all += warp_count[w];
+    }
+    if (mine) {
+      out.source[row] = a / shape.top_k;
+      out.row_of[a] = row;
+    }
+    next += all;
+    __syncthreads();
+  }
+}
+
+__global__ void __launch_bounds__(256) SiluMulKernel(const __nv_bfloat16* gate_up, __nv_bfloat16* h, int inter) {
+  GridDependencyWait();
+  GridDependencyLaunch();
+  const uint4* gate = reinterpret_cast<const uint4*>(gate_up + static_cast<size_t>(blockIdx.x) * 2 * inter);
+  const uint4* up = gate + inter / 8;
+  uint4* to = reinterpret_cast<uint4*>(h + static_cast<size_t>(blockIdx.x) * inter);
+  for (int i = threadIdx.x; i < inter / 8; i += blockDim.x) {
+    const uint4 g4 = LoadActivation(gate + i), u4 = LoadActivation(up + i);
+    const uint32_t gs[4] = {g4.x, g4.y, g4.z, g4.w}, us[4] = {u4.x, u4.y, u4.z, u4.w};
+    uint32_t result[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 g = UnpackBf16(gs[j]), u = UnpackBf16(us[j]);
+      result[j] = PackBf16(RoundBf16(g.x / (1.0f + expf(-g.x))) * u.x, RoundBf16(g.y / (1.0f + expf(-g.y))) * u.y);
+    }
+    to[i] = make_uint4(result[0], result[1], result[2], result[3]);
+  }
+}
+
+__global__ void __launch_bounds__(256) CombineKernel(MoeShapeArgs shape, const __nv_bfloat16* sorted, MoePermutation permutation,
+                                                     const __nv_bfloat16* residual, __nv_bfloat16* y) {
+  __shared__ int row[kMaxExpertsPerToken];
+  __shared__ float weight[kMaxExpertsPerToken];
+  GridDependencyWait();
+  GridDependencyLaunch();
+  const size_t token = blockIdx.x;
+  if (threadIdx.x < shape.top_k) {
+    row[threadIdx.x] = permutation.row_of[token * shape.top_k + threadIdx.x];
+    weight[threadIdx.x] = __bfloat162float(permutation.weight_of[token * shape.top_k + threadIdx.x]);
+  }
+  __syncthreads();
+  const int vectors = shape.hidden / 8;
+  for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
+    float sum[8] = {};
+    for (int rank = 0; rank < shape.top_k; ++rank) {
+      const uint4 v = LoadActivation(reinterpret_cast<const uint4*>(sorted) + static_cast<size_t>(row[rank]) * vectors + i);
+      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 f = UnpackBf16(words[j]);
+        sum[2 * j] += RoundBf16(f.x * weight[rank]);
+        sum[2 * j + 1] += RoundBf16(f.y * weight[rank]);
+      }
+    }
+    const uint4 v = LoadActivation(reinterpret_cast<const uint4*>(residual) + token * vectors + i);
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+    uint32_t result[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 f = UnpackBf16(words[j]);
+      result[j] = PackBf16(f.x + RoundBf16(sum[2 * j]), f.y + RoundBf16(sum[2 * j + 1]));
+    }
+    reinterpret_cast<uint4*>(y)[token * vectors + i] = make_uint4(result[0], result[1], result[2], result[3]);
+  }
+}
+
+}  // namespace
+
+cudaError_t MoePermute(const MoeShapeArgs& shape, const __nv_bfloat16* logits, const MoePermutation& permutation, bool normalise, cudaStream_t stream) {
+  if (shape.tokens < 1 || shape.experts > kMaxExperts || shape.top_k < 1 || shape.top_k > kMaxExpertsPerToken || shape.top_k > shape.experts) {
+    return cudaErrorInvalidValue;
+  }
+  if (cudaError_t e = cudaMemsetAsync(permutation.count, 0, sizeof(int32_t) * shape.experts, stream); e != cudaSuccess) return e;
+  if (cudaError_t e = Launch(RouteKernel, {.grid = dim3((shape.tokens + kRouteWarps - 1) / kRouteWarps), .block = dim3(kRouteWarps * 32)}, stream, shape, logits,
+                             permutation, normalise);
+      e != cudaSuccess) {
+    return e;
+  }
+  return Launch(PlaceKernel, {.grid = dim3(shape.experts), .block = dim3(kPlaceThreads)}, stream, shape, permutation);
+}
+
+cudaError_t SiluMul(const __nv_bfloat16* gate_up, __nv_bfloat16* h, int rows, int inter, cudaStream_t stream) {
+  if (rows < 1 || inter < 8 || inter % 8 != 0) return cudaErrorInvalidValue;
+  return Launch(SiluMulKernel, {.grid = dim3(rows), .block = dim3(inter >= 2048 ? 256 : 128)}, stream, gate_up, h, inter);
+}
+
+cudaError_t MoePrefillCombine(const MoeShapeArgs& shape, const __nv_bfloat16* sorted, const MoePermutation& permutation, const __nv_bfloat16* residual,
+                              __nv_bfloat16* y, cudaStream_t stream) {
+  if (shape.tokens < 1 || shape.hidden % 8 != 0) return cudaErrorInvalidValue;
+  return Launch(CombineKernel, {.grid = dim3(shape.tokens), .block = dim3(256)}, stream, shape, sorted, permutation, residual, y);
+}
+
+}  // namespace qwen::kernels

@@ -1,0 +1,393 @@
+// stage_gpu: a stage on a GPU, in one process, with generated weights. Three jobs:
+//   stage_gpu check        the fused backend against the reference backend on the same GPU: logits of prompts, chunks and mixed
+//                          plans, and greedy continuations; exit code 1 when a difference is no near-tie
+//   stage_gpu profile SHAPE  one step of two layers for each of a few batches, between cudaProfilerStart and Stop (for ncu)
+//   stage_gpu bench SHAPE  prefill and decode of a whole model of that shape on one GPU, or of layers A:B of it
+// JSON rows on stdout ({suite, case, unit, ours}), words on stderr.
+#include <ATen/ATen.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/core/InferenceMode.h>
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "stage/base/check.h"
+#include "stage/contract/model_shape.h"
+#include "stage/model/stage_model.h"
+#include "stage/sampling/sampler.h"
+#include "stage/weights/loader.h"
+
+extern "C" cudaError_t cudaProfilerStart();  // of libcudart; the wheels have no cuda_profiler_api.h
+extern "C" cudaError_t cudaProfilerStop();
+extern "C" const qwen::model::StageBackendFactory* qwen_fused_backend();
+
+namespace qwen {
+namespace {
+
+constexpr int32_t kBlockTokens = 16;
+
+struct Sequence {
+  std::vector<int32_t> tokens;
+  std::vector<step::BlockId> blocks;
+  int32_t done = 0;  // tokens in the KV cache
+};
+
+step::SequenceSpan Span(const Sequence& sequence, step::SequenceId id, int32_t count, bool sample) {
+  step::SequenceSpan span{.sequence = id, .slot = static_cast<int32_t>(id), .begin = sequence.done, .sample = sample};
+  for (int32_t i = sequence.done; i < sequence.done + count; ++i) {
+    span.tokens.push_back(sequence.tokens[static_cast<size_t>(i)]);
+    span.positions.push_back({i, i, i});
+  }
+  const int32_t blocks = (sequence.done + count + kBlockTokens - 1) / kBlockTokens;
+  span.blocks.assign(sequence.blocks.begin(), sequence.blocks.begin() + blocks);
+  return span;
+}
+
+std::vector<Sequence> MakeSequences(int count, int32_t prompt, int32_t room, int32_t vocab, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::vector<Sequence> sequences(static_cast<size_t>(count));
+  const int32_t blocks = (prompt + room + kBlockTokens - 1) / kBlockTokens;
+  std::vector<step::BlockId> ids(static_cast<size_t>(blocks * count));
+  for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<step::BlockId>(i);
+  std::shuffle(ids.begin(), ids.end(), random);
+  for (size_t s = 0; s < sequences.size(); ++s) {
+    for (int32_t i = 0; i < prompt; ++i) sequences[s].tokens.push_back(static_cast<int32_t>(random() % static_cast<uint32_t>(vocab)));
+    sequences[s].blocks.assign(ids.begin() + static_cast<ptrdiff_t>(s) * blocks, ids.begin() + static_cast<ptrdiff_t>(s + 1) * blocks);
+  }
+  return sequences;
+}
+
+struct Model {
+  std::unique_ptr<model::StageModel> stage;
+  at::Tensor Forward(const step::StepPlan& plan, const model::StageActivations& input = {}) {
+    Result<model::StageOutput> output = stage->Forward(plan, input);
+    QP_CHECK(output.ok()) << output.status().ToString();
+    last = std::move(output).value();
+    return last.logits;
+  }
+  model::StageOutput last;
+};
+
+Model MakeModel(const contract::ModelShape& shape, contract::LayerRange layers, const weights::TensorMap& tensors, int32_t blocks, int32_t length, bool fused) {
+  model::StageModelOptions options{.layers = layers,
+                                   .stage = layers.begin == 0 ? 0 : 1,
+                                   .stages = (layers.begin == 0 ? 1 : 2) + (layers.end == shape.layers ? 0 : 1),
+                                   .device = at::Device(at::kCUDA, 0),
+                                   .dtype = at::kBFloat16,
+                                   .block_tokens = kBlockTokens,
+                                   .block_count = blocks,
+                                   .grouping = model::RowGrouping::kWholeBatch};
+  if (fused) options.backend = *qwen_fused_backend();
+  options.max_sequence_tokens = length;
+  auto created = model::StageModel::Create(shape, options, tensors);
+  QP_CHECK(created.ok()) << created.status().ToString();
+  QP_CHECK_EQ((*created)->fused(), fused);
+  return {.stage = std::move(created).value()};
+}
+
+void Row(const std::string& name, const char* unit, double value) {
+  std::printf("{\"suite\":\"stage\",\"case\":\"%s\",\"unit\":\"%s\",\"ours\":%.6g}\n", name.c_str(), unit, value);
+  std::fflush(stdout);
+}
+
+double Relative(const at::Tensor& got, const at::Tensor& want) {
+  const at::Tensor g = got.to(at::kFloat), w = want.to(at::kFloat);
+  return ((g - w).norm() / w.norm()).item<double>();
+}
+
+// Makes the choice of experts clear. Noise puts the k-th and the next expert within a rounding of each other every few
+// tokens, in any arithmetic, so plain noise compares ties and little else. Here each token belongs to a class whose code
+// dominates its embedding, and each class has its own k experts, four logits ahead of all others.
+void ClearRouting(const contract::ModelShape& shape, weights::TensorMap& tensors) {
+  if (!shape.moe) return;
+  const int64_t classes = shape.moe->experts / shape.moe->experts_per_token, k = shape.moe->experts_per_token;
+  const auto options = at::TensorOptions().device(at::kCUDA).dtype(at::kFloat);
+  const at::Tensor codes = at::randint(0, 2, {classes, shape.hidden}, options).mul_(2).sub_(1);
+  at::Tensor& embedding = tensors.at("embed_tokens.weight");
+  const at::Tensor class_of = at::arange(shape.vocab, options.dtype(at::kLong)).remainder(classes);
+  embedding = (embedding + codes.index_select(0, class_of) * 4).to(at::kBFloat16);
+  for (int32_t layer = 0; layer < shape.layers; ++layer) {
+    at::Tensor& router = tensors.at("layers." + std::to_string(layer) + ".mlp.gate.weight");
+    const at::Tensor noise = router.to(at::kFloat) * 0.05;
+    router = (codes.repeat_interleave(k, 0) * (4.0 / shape.hidden) + noise).to(at::kBFloat16);
+  }
+}
+
+// The same plans through both; prompts whole and in chunks, then decodes alone and beside a prompt.
+int Check(const std::string& name, const contract::ModelShape& shape) {
+  const weights::StageSpec spec{.layers = {0, shape.layers}};
+  auto tensors = weights::RandomTensors(shape, {.spec = spec, .device = at::Device(at::kCUDA, 0)}, 1);
+  QP_CHECK(tensors.ok()) << tensors.status().ToString();
+  ClearRouting(shape, *tensors);
+  constexpr int kSequences = 40, kPrompt = 300, kSteps = 64;
+  std::vector<Sequence> fused_sequences = MakeSequences(kSequences, kPrompt, kSteps + 1, shape.vocab, 7);
+  std::vector<Sequence> reference_sequences = fused_sequences;
+  const int32_t blocks = kSequences * ((kPrompt + kSteps + 1 + kBlockTokens - 1) / kBlockTokens);
+  Model reference = MakeModel(shape, spec.layers, *tensors, blocks, kPrompt + kSteps + 1, false);
+  Model fused = MakeModel(shape, spec.layers, *tensors, blocks, kPrompt + kSteps + 1, true);
+  double worst = 0;
+  int failures = 0;
+  const auto compare = [&](const at::Tensor& got, const at::Tensor& want, const char* what) {
+    const double relative = Relative(got, want);
+    worst = std::max(worst, relative);
+    if (!(relative < 0.03)) {
+      std::fprintf(stderr, "%s: %s: logits differ by %.4f\n", name.c_str(), what, relative);
+      ++failures;
+    }
+  };
+  struct Near {
+    int same = 0, ties = 0, wrong = 0;
+  } greedy;
+  std::vector<bool> apart(kSequences, false);
+  const auto take = [&](Model& model, std::vector<Sequence>& sequences, const std::vector<std::pair<int, int32_t>>& spans) {
+    step::StepPlan plan;
+    for (const auto& [s, count] : spans) {
+      const Sequence& sequence = sequences[static_cast<size_t>(s)];
+      plan.spans.push_back(Span(sequence, static_cast<step::SequenceId>(s), count, sequence.done + count == static_cast<int32_t>(sequence.tokens.size())));
+    }
+    at::Tensor logits = model.Forward(plan);
+    if (logits.defined()) logits = logits.clone();
+    for (const auto& [s, count] : spans) sequences[static_cast<size_t>(s)].done += count;
+    return logits;
+  };
+  const auto both = [&](const std::vector<std::pair<int, int32_t>>& spans, const char* what) {
+    const at::Tensor want = take(reference, reference_sequences, spans), got = take(fused, fused_sequences, spans);
+    QP_CHECK_EQ(want.defined(), got.defined());
+    if (!want.defined()) return;
+    // Rows of sequences whose texts have parted are not comparable any more.
+    std::vector<int64_t> rows;
+    int64_t row = 0;
+    for (const auto& [s, count] : spans) {
+      Sequence &r = reference_sequences[static_cast<size_t>(s)], &f = fused_sequences[static_cast<size_t>(s)];
+      if (r.done != static_cast<int32_t>(r.tokens.size())) continue;
+      if (!apart[static_cast<size_t>(s)]) {
+        rows.push_back(row);
+        const at::Tensor top = std::get<0>(want[row].to(at::kFloat).topk(2));
+        const auto a = want[row].argmax().item<int64_t>(), b = got[row].argmax().item<int64_t>();
+        const double margin = (top[0] - top[1]).item<double>();
+        const double spread = want[row].to(at::kFloat).std().item<double>();
+        if (a != b) {
+          apart[static_cast<size_t>(s)] = true;
+          if (margin < 0.05 * spread) {
+            ++greedy.ties;
+          } else {
+            ++greedy.wrong;
+            std::fprintf(stderr, "%s: %s: sequence %d parts at %d with a margin of %.3f (spread %.3f)\n", name.c_str(), what, s, r.done, margin, spread);
+          }
+        }
+        // Both go on with the reference's token as long as they agree; afterwards neither is compared.
+        r.tokens.push_back(static_cast<int32_t>(a));
+        f.tokens.push_back(static_cast<int32_t>(a));
+      } else {
+        r.tokens.push_back(0);
+        f.tokens.push_back(0);
+      }
+      ++row;
+    }
+    if (rows.empty()) return;
+    const at::Tensor index = at::tensor(rows).to(want.device());
+    compare(got.index_select(0, index), want.index_select(0, index), what);
+  };
+  both({{0, kPrompt}}, "one prompt");
+  both({{1, 100}}, "first chunk");
+  both({{1, 200}}, "second chunk");
+  both({{2, kPrompt}, {3, kPrompt}, {4, 17}}, "several prompts");
+  both({{0, 1}, {1, 1}, {4, 283}}, "decodes beside the rest of a prompt");
+  both({{0, 1}}, "one decode");
+  both({{2, 1}, {3, 1}}, "two decodes");
+  for (int s = 5; s < kSequences; ++s) both({{s, kPrompt}}, "prompt");
+  for (int i = 0; i < kSteps - 4; ++i) {
+    std::vector<std::pair<int, int32_t>> spans;
+    // batch sizes on both sides of every change of kernel, each for a while
+    const int sizes[] = {1, 2, 3, 8, 17, 32, 33, kSequences};
+    for (int s = 0; s < sizes[i % 8]; ++s) spans.emplace_back(s, 1);
+    both(spans, "decodes");
+  }
+  for (int s = 0; s < kSequences; ++s) greedy.same += !apart[static_cast<size_t>(s)];
+  Row("check." + name + ".worst_relative_difference", "1", worst);
+  Row("check." + name + ".greedy_same", "of 40", greedy.same);
+  std::fprintf(stderr, "%s: %d of %d continuations the same, %d part at a near-tie, %d elsewhere; logits within %.4f\n", name.c_str(), greedy.same, kSequences,
+               greedy.ties, greedy.wrong, worst);
+  return failures + greedy.wrong;
+}
+
+double Seconds(std::chrono::steady_clock::time_point since) { return std::chrono::duration<double>(std::chrono::steady_clock::now() - since).count(); }
+
+// A model, or some of its layers with made-up activations in front, the way a worker drives it: plan, forward, sample.
+class Bench {
+ public:
+  Bench(std::string name, const contract::ModelShape& shape, contract::LayerRange layers, int32_t kv_tokens)
+      : name_(std::move(name)), shape_(shape), blocks_(kv_tokens / kBlockTokens) {
+    const bool last = layers.end == shape.layers;
+    const weights::StageSpec spec{.layers = layers, .index = layers.begin == 0 ? 0 : 1, .stages = (layers.begin == 0 ? 1 : 2) + (last ? 0 : 1)};
+    const auto start = std::chrono::steady_clock::now();
+    auto tensors = weights::RandomTensors(shape, {.spec = spec, .device = at::Device(at::kCUDA, 0)}, 1);
+    QP_CHECK(tensors.ok()) << tensors.status().ToString();
+    model_ = MakeModel(shape, layers, *tensors, blocks_, 32768, true);
+    std::fprintf(stderr, "%s: weights made in %.1f s\n", name_.c_str(), Seconds(start));
+    first_ = layers.begin == 0;
+    last_ = last;
+  }
+
+  void Prefill(int count, int32_t prompt) {
+    for (int repeat = 0; repeat < 3; ++repeat) {  // the first warms up
+      std::vector<Sequence> sequences = MakeSequences(count, prompt, 0, shape_.vocab, 3);
+      step::StepPlan plan;
+      for (int s = 0; s < count; ++s) plan.spans.push_back(Span(sequences[static_cast<size_t>(s)], static_cast<step::SequenceId>(s), prompt, true));
+      const model::StageActivations input = Input(plan);
+      const auto start = std::chrono::steady_clock::now();
+      model_.Forward(plan, input);
+      at::cuda::getCurrentCUDAStream().synchronize();
+      if (repeat == 2) Row(name_ + ".prefill." + std::to_string(count) + "x" + std::to_string(prompt), "tok/s", count * prompt / Seconds(start));
+    }
+  }
+
+  // Under a profiler that starts on demand: one prompt plan and one decode step of each size.
+  void Profile() {
+    for (const auto& [count, prompt] : {std::pair{1, 2048}, std::pair{8, 2048}}) {
+      std::vector<Sequence> sequences = MakeSequences(count, prompt, 0, shape_.vocab, 3);
+      step::StepPlan plan;
+      for (int s = 0; s < count; ++s) plan.spans.push_back(Span(sequences[static_cast<size_t>(s)], static_cast<step::SequenceId>(s), prompt, true));
+      model_.Forward(plan, Input(plan));
+      Mark("prefill", plan.token_count());
+      cudaProfilerStart();
+      model_.Forward(plan, Input(plan));
+      at::cuda::getCurrentCUDAStream().synchronize();
+      cudaProfilerStop();
+    }
+    profile_ = true;
+    Decode(1, 2048);
+    Decode(8, 2048);
+    Decode(32, 1024);
+    Decode(256, 512);
+  }
+
+  void Decode(int batch, int32_t context) {
+    constexpr int kWarm = 4;
+    const int kSteps = profile_ ? 1 : 40;
+    std::vector<Sequence> sequences = MakeSequences(batch, context, kWarm + kSteps + 1, shape_.vocab, 5);
+    QP_CHECK_LE(batch * ((context + kWarm + kSteps + 1 + kBlockTokens - 1) / kBlockTokens), blocks_);
+    for (int s = 0; s < batch;) {  // prompts in plans of about 8,192 tokens
+      step::StepPlan plan;
+      for (int32_t tokens = 0; s < batch && tokens < 8192; ++s, tokens += context) {
+        plan.spans.push_back(Span(sequences[static_cast<size_t>(s)], static_cast<step::SequenceId>(s), context, false));
+        sequences[static_cast<size_t>(s)].done = context;
+      }
+      model_.Forward(plan, Input(plan));
+    }
+    sampling::Sampler sampler({.max_slots = batch});
+    std::vector<int32_t> next(static_cast<size_t>(batch), 1);
+    std::vector<double> times;
+    for (int i = 0; i < kWarm + kSteps; ++i) {
+      step::StepPlan plan;
+      for (int s = 0; s < batch; ++s) {
+        Sequence& sequence = sequences[static_cast<size_t>(s)];
+        sequence.tokens.push_back(next[static_cast<size_t>(s)]);
+        plan.spans.push_back(Span(sequence, static_cast<step::SequenceId>(s), 1, true));
+        ++sequence.done;
+        if (i == 0) plan.starts.push_back({.sequence = static_cast<step::SequenceId>(s), .slot = s, .params = {.temperature = 0.0f}});
+      }
+      const model::StageActivations input = Input(plan);
+      at::cuda::getCurrentCUDAStream().synchronize();
+      if (profile_ && i == kWarm) {
+        Mark("decode", batch);
+        cudaProfilerStart();
+      }
+      const auto start = std::chrono::steady_clock::now();
+      const at::Tensor logits = model_.Forward(plan, input);
+      if (last_) {
+        Result<step::StepResult> result = sampler.Step(plan, logits);
+        QP_CHECK(result.ok()) << result.status().ToString();
+        for (int s = 0; s < batch; ++s) next[static_cast<size_t>(s)] = result->samples[static_cast<size_t>(s)].token;
+      } else {
+        at::cuda::getCurrentCUDAStream().synchronize();
+      }
+      if (profile_ && i == kWarm) cudaProfilerStop();
+      if (i >= kWarm) times.push_back(Seconds(start));
+    }
+    std::sort(times.begin(), times.end());
+    const std::string key = name_ + ".decode.B" + std::to_string(batch) + ".context" + std::to_string(context);
+    Row(key, "tok/s", batch / times[times.size() / 2]);
+    Row(key + ".step", "ms", times[times.size() / 2] * 1e3);
+  }
+
+ private:
+  static void Mark(const char* what, int64_t tokens) {
+    std::printf("# %s %lld\n", what, static_cast<long long>(tokens));
+    std::fflush(stdout);
+  }
+  model::StageActivations Input(const step::StepPlan& plan) const {
+    if (first_) return {};
+    return {.hidden = at::randn({plan.token_count(), shape_.hidden}, at::TensorOptions().device(at::kCUDA).dtype(at::kBFloat16))};
+  }
+  const std::string name_;
+  const contract::ModelShape shape_;
+  const int32_t blocks_;
+  Model model_;
+  bool first_ = true, last_ = true, profile_ = false;
+};
+
+contract::ModelShape Text(const char* name) {
+  auto shape = contract::NamedModelShape(name);
+  QP_CHECK(shape.ok()) << shape.status().ToString();
+  shape->vision.reset();  // text alone: the tower is measured elsewhere
+  return *shape;
+}
+
+int Main(int argc, char** argv) {
+  const std::string job = argc > 1 ? argv[1] : "";
+  c10::InferenceMode inference;
+  if (job == "check") {
+    int failures = 0;
+    contract::ModelShape moe = Text("Qwen3-VL-30B-A3B");
+    moe.layers = 4;
+    failures += Check("30b-4-layers", moe);
+    moe = Text("Qwen3-VL-235B-A22B");
+    moe.layers = 2;
+    failures += Check("235b-2-layers", moe);
+    contract::ModelShape dense = Text("Qwen3-VL-4B");
+    dense.layers = 4;
+    failures += Check("4b-4-layers", dense);
+    contract::ModelShape tiny = Text("Qwen3-VL-30B-A3B");
+    tiny.layers = 3;
+    tiny.hidden = 512;
+    tiny.heads = 8;
+    tiny.kv_heads = 2;
+    tiny.vocab = 4096;
+    tiny.moe->experts = 32;
+    tiny.moe->experts_per_token = 4;
+    tiny.moe->intermediate = 128;
+    failures += Check("tiny", tiny);
+    return failures == 0 ? 0 : 1;
+  }
+  if (job == "bench" && argc > 2) {
+    const std::string name = argv[2];
+    const contract::ModelShape shape = Text(name.c_str());
+    contract::LayerRange layers{0, shape.layers};
+    if (argc > 3) layers = contract::ParseLayerRange(argv[3]).value();
+    Bench bench(name + (argc > 3 ? std::string(".layers") + argv[3] : ""), shape, layers, 256 * 1024);
+    bench.Prefill(1, 2048);
+    bench.Prefill(8, 2048);
+    for (int batch : {1, 8}) bench.Decode(batch, 2048);
+    bench.Decode(32, 1024);
+    for (int batch : {64, 128, 256}) bench.Decode(batch, 512);
+    return 0;
+  }
+  if (job == "profile" && argc > 2) {
+    contract::ModelShape shape = Text(argv[2]);
+    shape.layers = 2;
+    Bench("profile", shape, {0, shape.layers}, 256 * 1024).Profile();
+    return 0;
+  }
+  std::fprintf(stderr, "usage: stage_gpu check | stage_gpu profile SHAPE | stage_gpu bench SHAPE [BEGIN:END]\n");
+  return 64;
+}
+
+}  // namespace
+}  // namespace qwen
+
+int main(int argc, char** argv) { return qwen::Main(argc, argv); }
