@@ -25,8 +25,7 @@ class ConnectionWriter final : public ResponseWriter {
       : connection_(std::move(connection)), exchange_(exchange) {}
   ~ConnectionWriter() override {
     // A handler that lost its writer would leave the client waiting for ever.
-    if (connection_->shared_->stopped) return;
-    asio::post(connection_->socket_.get_executor(), [c = connection_, e = exchange_] { c->AbortStream(e); });
+    Post([c = connection_, e = exchange_] { c->AbortStream(e); });
   }
   void Reply(HttpResponse response) override {
     Run([e = exchange_, r = std::move(response)](Connection& c) mutable { c.Reply(e, std::move(r)); });
@@ -44,7 +43,8 @@ class ConnectionWriter final : public ResponseWriter {
     Run([e = exchange_](Connection& c) { c.AbortStream(e); });
   }
   void Post(std::function<void()> task) override {
-    if (connection_->shared_->stopped) return;
+    const ServerShared::Posting posting(*connection_->shared_);
+    if (!posting.allowed) return;
     asio::post(connection_->socket_.get_executor(), [c = connection_, t = std::move(task)] { t(); });
   }
   void OnClosed(std::function<void()> closed) override {
@@ -55,7 +55,8 @@ class ConnectionWriter final : public ResponseWriter {
   // dispatch: at once when already on the strand, so that what a strand task sends is in out_ when it returns.
   template <typename F>
   void Run(F&& f) {
-    if (connection_->shared_->stopped) return;
+    const ServerShared::Posting posting(*connection_->shared_);
+    if (!posting.allowed) return;
     asio::dispatch(connection_->socket_.get_executor(), [c = connection_, f = std::forward<F>(f)]() mutable { f(*c); });
   }
   const std::shared_ptr<Connection> connection_;
@@ -267,6 +268,7 @@ void Connection::Reply(uint64_t exchange, HttpResponse response) {
   AppendHeader(response, /*chunked=*/false);
   if (!head_) out_ += response.body;
   finished_ = true;
+  ReleaseBody();  // before the client can know, so that its next request finds the room
   Flush();
 }
 
@@ -296,6 +298,7 @@ void Connection::Finish(uint64_t exchange) {
   if (exchange != exchange_ || state_ != State::kAnswering || !streaming_ || finished_) return;
   if (!http10_) out_ += "0\r\n\r\n";
   finished_ = true;
+  ReleaseBody();
   Flush();
 }
 
@@ -336,7 +339,6 @@ void Connection::OnFlushed(ErrorCode error) {
 
 void Connection::EndExchange() {
   on_closed_ = nullptr;
-  ReleaseBody();
   if (keep_alive_) return WaitForRequest();
   Linger();
 }

@@ -27,6 +27,21 @@ struct ServerShared {
   std::atomic<uint64_t> body_bytes_in_flight{0};
   std::atomic<bool> stopping{false};  // answer what was asked, take nothing new
   std::atomic<bool> stopped{false};   // no thread runs `context` any more: writers do nothing
+  std::atomic<int> posting{0};        // writers between their look at `stopped` and the end of their post
+
+  // Held by a writer while it hands work to `context`. Work that nobody runs any more would hold its connection, and the
+  // connection this struct, and this struct the work: so the server waits for posts under way before it runs the last.
+  struct Posting {
+    explicit Posting(ServerShared& s) : shared(s) {
+      ++shared.posting;
+      allowed = !shared.stopped;
+    }
+    ~Posting() { --shared.posting; }
+    Posting(const Posting&) = delete;
+    Posting& operator=(const Posting&) = delete;
+    ServerShared& shared;
+    bool allowed;
+  };
 };
 
 class Connection : public std::enable_shared_from_this<Connection> {

@@ -120,9 +120,12 @@ HttpServer::~HttpServer() {
   StopAccepting();
   for (const auto& connection : impl_->Connections()) connection->Close();
   impl_->work.reset();
-  // Close() ends every operation, so run() returns by itself and leaves nothing behind that holds a connection.
+  // Close() ends every operation, so run() returns by itself. What other threads posted meanwhile is run here.
   for (auto& thread : impl_->threads) thread.join();
   impl_->shared->stopped = true;
+  while (impl_->shared->posting > 0) std::this_thread::yield();
+  impl_->context.restart();
+  impl_->context.poll();
 }
 
 uint16_t HttpServer::port() const { return impl_->port; }
