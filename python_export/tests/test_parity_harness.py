@@ -10,6 +10,7 @@ from python_export.oracle import Golden, bf16_ulp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "parity"))
 import e2e_parity  # noqa: E402
+import split_parity  # noqa: E402
 import stage_parity  # noqa: E402
 
 STEPS, PROMPT, LAYERS, VOCAB, HIDDEN = stage_parity.STEPS, 9, 2, 20, 6
@@ -88,3 +89,28 @@ def test_served_answers_are_held_to_prompt_ids_length_and_tokens(golden):
     assert "token 5" in e2e_parity.compare(golden, prompt, wrong, "bfloat16")[0]
     golden.ulps[5] = 0.5
     assert e2e_parity.compare(golden, prompt, wrong, "bfloat16") == (None, 5, True)
+
+
+def test_every_split_is_every_composition_of_the_layers():
+    assert sorted(split_parity.every_split(3)) == ["0:1,1:2,2:3", "0:1,1:3", "0:2,2:3", "0:3"]
+    assert len(set(split_parity.every_split(8))) == 2 ** 7
+    assert list(split_parity.even_splits(3)) == ["0:3", "0:1,1:3", "0:1,1:2,2:3"]
+
+
+def test_one_bit_or_a_missing_tensor_shows_between_splits(golden):
+    dump = dump_of(golden)
+    assert split_parity.different_bits(dump, dump_of(golden)) == []
+    other = dump_of(golden)
+    other["p0.logits"][2, 3] = torch.nextafter(other["p0.logits"][2, 3], torch.tensor(torch.inf))
+    assert len(found := split_parity.different_bits(dump, other)) == 1 and "p0.logits" in found[0]
+    del other["p0.hidden.1"]
+    assert "other tensors" in split_parity.different_bits(dump, other)[0]
+
+
+def test_another_token_or_a_far_logit_shows_between_chunks(golden):
+    dump, other = dump_of(golden), dump_of(golden)
+    other["p0.logits"][2, 3] += 5e-5
+    assert split_parity.different_answers(dump, other, 1, 1e-4) == []
+    assert "logits" in split_parity.different_answers(dump, other, 1, 1e-5)[0]
+    other["p0.tokens"][9] += 1
+    assert "tokens" in split_parity.different_answers(dump, other, 1, 1e-4)[0]

@@ -12,6 +12,11 @@ if(TARGET qp_model AND TARGET qp_vision)
     qp_parity(stage.text.${dtype} SCRIPT stage_parity.py TARGETS qp_dump_stage
       ARGS --dtype ${dtype} --cases moe-each moe-saved moe-unnormed dense-tied dense-bias)
   endforeach()
+  # Both cores: two dumpers run at a time.
+  qp_parity(stage.splits.vl SCRIPT split_parity.py TARGETS qp_dump_stage PROCESSORS 2
+    ARGS --cases vl-moe-hub vl-dense-tied)
+  qp_parity(stage.splits.text SCRIPT split_parity.py TARGETS qp_dump_stage PROCESSORS 2
+    ARGS --cases moe-each dense-tied)
   qp_parity(stage.fp8 SCRIPT stage_parity.py TARGETS qp_dump_stage
     ARGS --dtype float32 --fp8 --cases vl-moe-hub vl-moe-saved moe-each dense-tied)
 endif()
