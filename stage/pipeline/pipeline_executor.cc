@@ -145,6 +145,7 @@ class PipelineExecutor::Impl {
  private:
   struct Slot {
     std::shared_ptr<ControlChannel> channel;  // null: not connected. Shared with its reader thread, which outlives a replacement
+    bool leaving = false;                     // it said that it was told to stop
     StageStatus status;
   };
   struct Connection {
@@ -227,6 +228,7 @@ class PipelineExecutor::Impl {
       Execute(rendezvous_.Leave(hello.stage, "it connected anew", clock_.NowMicros()));
     }
     slot.channel = channel;
+    slot.leaving = false;
     slot.status = {.stage = hello.stage,
                    .connected = true,
                    .loaded = !hello.loading,
@@ -244,7 +246,13 @@ class PipelineExecutor::Impl {
     std::lock_guard<std::mutex> lock(mutex_);
     Slot& slot = slots_[static_cast<size_t>(stage)];
     if (slot.channel != channel) return;  // replaced or dropped already
-    log::Warning("stage disconnected", {{"stage", stage}, {"reason", ended.ToString()}});
+    if (shutting_down_) {
+      log::Info("stage stopped with the head", {{"stage", stage}});
+    } else if (slot.leaving) {
+      log::Info("stage drained", {{"stage", stage}, {"reason", ended.message()}});
+    } else {
+      log::Warning("stage disconnected", {{"stage", stage}, {"reason", ended.ToString()}});
+    }
     slot.channel.reset();
     slot.status.connected = slot.status.loaded = false;
     slot.status.last_error = ended.ToString();
@@ -289,7 +297,8 @@ class PipelineExecutor::Impl {
     }
     if (const auto* failure = std::get_if<transport::Failure>(&message)) {
       slot.status.last_error = failure->reason;
-      if (failure->code == FailureCode::kLeaving) return UnavailableError("it leaves: " + failure->reason);
+      slot.leaving = failure->code == FailureCode::kLeaving;
+      if (slot.leaving) return UnavailableError("it leaves: " + failure->reason);
       log::Warning("stage reports a fault", {{"stage", stage}, {"epoch", failure->epoch}, {"reason", failure->reason}});
       Execute(rendezvous_.Failed(stage, failure->epoch, failure->reason, now));
       return OkStatus();

@@ -409,7 +409,10 @@ void Worker::DropEdges() {
 void Worker::ReportFailure(uint64_t generation, const Status& reason) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (stopping_ || generation_ != generation || !target_ || target_->failed) return;  // the epoch ended for another reason
-  log::Warning("epoch failed here", {{"epoch", target_->assemble.epoch}, {"reason", reason.ToString()}});
+  // A neighbour that goes may be lost or may have been told to stop with all of us, a moment before we are: only the head
+  // knows. It answers a loss with a Failure, which is logged as the warning.
+  const auto level = reason.code() == StatusCode::kUnavailable ? log::Level::kInfo : log::Level::kWarning;
+  log::Write(level, "epoch ended here", {{"epoch", target_->assemble.epoch}, {"reason", reason.ToString()}});
   target_->failed = true;
   ClearQueueLocked();
   SendLocked(Message(transport::Failure{
