@@ -6,6 +6,7 @@
 #   cmake/deps.sh dev      LibTorch 2.11 (CUDA 13.0 build), nvcc 13.0, NCCL, CUTLASS out of PyPI wheels: compile all, run on CPU
 #   cmake/deps.sh full     the CUDA run-time libraries too (Python torch needs them even on a CPU; so does running CUDA code)
 #   cmake/deps.sh oracle   `full` + a venv with transformers 5.17.0 for the parity tests and python_export
+#   cmake/deps.sh kube     a Kubernetes 1.34 for the integration tests, compiled from Go modules (tests/cluster); needs Go >= 1.24
 #   cmake/deps.sh env      prints the paths as KEY=VALUE
 #
 # Everything lives outside the source tree in $QWEN_CACHE (default ~/.cache/qwen-pipeline), keyed by a hash of the pins,
@@ -21,7 +22,7 @@ apt_packages=(
   g++ cmake ninja-build make git ca-certificates pkg-config ccache binutils
   python3 python3-venv python3-pip
   libcpprest-dev prometheus-cpp-dev libspdlog-dev libprotobuf-dev protobuf-compiler nlohmann-json3-dev
-  libcli11-dev libyaml-cpp-dev libssl-dev libgtest-dev
+  libcli11-dev libyaml-cpp-dev libssl-dev openssl libgtest-dev
   libjpeg62-turbo-dev libpng-dev libwebp-dev libavcodec-dev libavformat-dev libavutil-dev libswscale-dev
   liburing-dev clang libclang-rt-14-dev clang-format)
 
@@ -37,6 +38,7 @@ key=$(printf '%s\n' "${dev_wheels[@]}" | sha256sum | cut -c1-12)
 site="$cache/site-$key"
 oracle_key=$( (echo "$key"; printf '%s\n' "${full_wheels[@]}"; cat "$here/python_export/requirements.txt" 2>/dev/null || true) | sha256sum | cut -c1-12)
 venv="$cache/oracle-$oracle_key"
+kube="$cache/kube-$(cat "$here"/tests/cluster/kube/* | sha256sum | cut -c1-12)"
 
 # A private pip, so that neither the system's Python nor its PEP 668 marker is touched.
 pip() {
@@ -107,12 +109,25 @@ do_oracle() {
   touch "$venv/.done"
 }
 
-do_env() { printf 'QWEN_CACHE=%s\nTORCH_SITE=%s\nORACLE_PYTHON=%s\n' "$cache" "$site" "$venv/bin/python"; }
+do_kube() {
+  [ -e "$kube/.done" ] && return 0
+  export PATH="$PATH:/usr/local/go/bin"
+  local version; version=$(go env GOVERSION 2>/dev/null | sed 's/^go//')
+  if [ -z "$version" ] || [ "$(printf '%s\n1.24\n' "$version" | sort -V | head -1)" != 1.24 ]; then
+    say "the integration tests need Go >= 1.24 on PATH to compile Kubernetes; found '${version:-none}'"; exit 1
+  fi
+  say "compiling Kubernetes 1.34 from Go modules (once; 2,700 packages)"
+  rm -rf "$kube" "$kube.tmp"
+  "$here/tests/cluster/kube/build.sh" "$kube.tmp"
+  mv "$kube.tmp" "$kube"; touch "$kube/.done"
+}
 
-[ $# -gt 0 ] || { sed -n '2,13p' "${BASH_SOURCE[0]}"; exit 2; }
+do_env() { printf 'QWEN_CACHE=%s\nTORCH_SITE=%s\nORACLE_PYTHON=%s\nKUBE_BIN=%s\n' "$cache" "$site" "$venv/bin/python" "$kube"; }
+
+[ $# -gt 0 ] || { sed -n '2,14p' "${BASH_SOURCE[0]}"; exit 2; }
 for what in "$@"; do
   case $what in
-    apt|rust|dev|full|oracle|env) "do_$what" ;;
+    apt|rust|dev|full|oracle|kube|env) "do_$what" ;;
     *) say "unknown: $what"; exit 2 ;;
   esac
 done

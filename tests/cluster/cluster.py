@@ -1,0 +1,281 @@
+#!/usr/bin/env python3
+"""A real Kubernetes control plane on loopback for tests: etcd, kube-apiserver, and on demand the controller manager,
+the scheduler and fake nodes (kube/fakelet.go). Each is its own process, so a test can kill or freeze one and keep the others.
+
+  cluster.py start DIR [--with NAME,...] [--apiserver-arg ARG]...   prints the path of a kubeconfig (cluster-admin)
+  cluster.py stop DIR                                               ends what was started and removes DIR
+  cluster.py kill|freeze|thaw|run DIR NAME                          one component: SIGKILL, SIGSTOP, SIGCONT, start again
+  cluster.py nodes DIR COUNT                                        fake nodes of 16 GPUs each, waits until they are Ready
+  cluster.py env DIR                                                KUBECONFIG=..., SERVER=..., PID_NAME=... lines
+
+NAME is etcd, kube-apiserver, kube-controller-manager, kube-scheduler or fakelet. start and run are idempotent: what lives stays,
+on the same ports. Every wait is bounded. Binaries come from `cmake/deps.sh kube` ($KUBE_BIN, or what deps.sh env says).
+Nothing listens on another address than 127.0.0.1, and nothing is left running after stop.
+"""
+import argparse
+import base64
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ORDER = ["etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "fakelet"]
+START_TIMEOUT_S = 90  # an idle machine needs 4 s; one that compiles beside it 15 s
+
+
+def fail(message):
+    sys.exit(f"cluster: {message}")
+
+
+def binaries():
+    if os.environ.get("KUBE_BIN"):
+        return Path(os.environ["KUBE_BIN"])
+    lines = subprocess.run([ROOT / "cmake/deps.sh", "env"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return Path(dict(line.split("=", 1) for line in lines)["KUBE_BIN"])
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def openssl(*args, **kwargs):
+    done = subprocess.run(["openssl", *args], capture_output=True, text=True, **kwargs)
+    if done.returncode:
+        fail(f"openssl {' '.join(map(str, args))}: {done.stderr.strip()}")
+
+
+class Cluster:
+    def __init__(self, folder):
+        self.dir = Path(folder).resolve()
+        self.pki = self.dir / "pki"
+        self.state_file = self.dir / "state.json"
+        self.state = json.loads(self.state_file.read_text()) if self.state_file.exists() else None
+
+    # -- certificates: one CA, a serving certificate, a client certificate and kubeconfig per user
+
+    def sign(self, name, subject, extension=""):
+        key, csr, ext = (self.pki / f"{name}.{suffix}" for suffix in ("key", "csr", "ext"))
+        openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key)
+        openssl("req", "-new", "-key", key, "-subj", subject, "-out", csr)
+        ext.write_text(f"basicConstraints=CA:FALSE\nkeyUsage=digitalSignature\nextendedKeyUsage=serverAuth,clientAuth\n{extension}\n")
+        openssl("x509", "-req", "-in", csr, "-CA", self.pki / "ca.crt", "-CAkey", self.pki / "ca.key", "-CAcreateserial", "-days", "30",
+                "-sha256", "-extfile", ext, "-out", self.pki / f"{name}.crt")
+
+    def kubeconfig(self, name):
+        def data(file):
+            return base64.b64encode((self.pki / file).read_bytes()).decode()
+        (self.dir / f"{name}.kubeconfig").write_text(f"""apiVersion: v1
+kind: Config
+clusters: [{{name: test, cluster: {{server: "{self.server}", certificate-authority-data: {data('ca.crt')}}}}}]
+users: [{{name: {name}, user: {{client-certificate-data: {data(name + '.crt')}, client-key-data: {data(name + '.key')}}}}}]
+contexts: [{{name: test, context: {{cluster: test, user: {name}, namespace: default}}}}]
+current-context: test
+""")
+
+    def make_certificates(self):
+        self.pki.mkdir(parents=True)
+        openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", self.pki / "ca.key")
+        openssl("req", "-x509", "-new", "-key", self.pki / "ca.key", "-sha256", "-days", "30", "-subj", "/CN=test-ca", "-out", self.pki / "ca.crt",
+                "-addext", "keyUsage=critical,keyCertSign,cRLSign")  # basicConstraints CA:TRUE is the default of -x509
+        self.sign("apiserver", "/CN=kube-apiserver",
+                  "subjectAltName=DNS:localhost,DNS:kubernetes.default.svc,IP:127.0.0.1,IP:10.96.0.1")
+        openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", self.pki / "sa.key")
+        for name, subject in [("admin", "/O=system:masters/CN=admin"), ("kube-controller-manager", "/CN=system:kube-controller-manager"),
+                              ("kube-scheduler", "/CN=system:kube-scheduler")]:
+            self.sign(name, subject)
+            self.kubeconfig(name)
+
+    # -- processes
+
+    @property
+    def server(self):
+        return f"https://127.0.0.1:{self.state['ports']['kube-apiserver']}"
+
+    def command(self, name):
+        ports, pki = self.state["ports"], self.pki
+        etcd = f"http://127.0.0.1:{ports['etcd']}"
+        own = str(self.dir / f"{name}.kubeconfig")
+        return [str(binaries() / name)] + {
+            "etcd": lambda: [
+                "--data-dir", self.dir / "etcd", "--unsafe-no-fsync", "--log-level", "warn", "--listen-client-urls", etcd,
+                "--advertise-client-urls", etcd, "--listen-peer-urls", f"http://127.0.0.1:{ports['peer']}"],
+            "kube-apiserver": lambda: [
+                "--bind-address=127.0.0.1", "--advertise-address=127.0.0.1", f"--secure-port={ports[name]}", f"--etcd-servers={etcd}",
+                f"--client-ca-file={pki}/ca.crt", f"--tls-cert-file={pki}/apiserver.crt", f"--tls-private-key-file={pki}/apiserver.key",
+                "--service-account-issuer=https://kubernetes.default.svc", f"--service-account-key-file={pki}/sa.key",
+                f"--service-account-signing-key-file={pki}/sa.key", "--service-cluster-ip-range=10.96.0.0/16", "--allow-privileged=true",
+                # Loopback addresses are refused as endpoints of the Service "kubernetes", which nobody here uses.
+                "--authorization-mode=RBAC", "--endpoint-reconciler-type=none", "--profiling=false", *self.state["apiserver_args"]],
+            "kube-controller-manager": lambda: [
+                f"--kubeconfig={own}", f"--authentication-kubeconfig={own}", f"--authorization-kubeconfig={own}",
+                f"--service-account-private-key-file={pki}/sa.key", f"--root-ca-file={pki}/ca.crt", "--use-service-account-credentials=true",
+                "--leader-elect=false", "--bind-address=127.0.0.1", f"--secure-port={ports[name]}",
+                # fakelet renews node leases every 15 s; the default client limit of 20/s alone would cost 4 s at start.
+                "--node-monitor-grace-period=50s", "--kube-api-qps=500", "--kube-api-burst=1000"],
+            "kube-scheduler": lambda: [
+                f"--kubeconfig={own}", f"--authentication-kubeconfig={own}", f"--authorization-kubeconfig={own}", "--leader-elect=false",
+                "--bind-address=127.0.0.1", f"--secure-port={ports[name]}", "--kube-api-qps=500", "--kube-api-burst=1000"],
+            "fakelet": lambda: ["--kubeconfig", self.dir / "admin.kubeconfig"],
+        }[name]()
+
+    @staticmethod
+    def birth(pid):
+        """Start time of a process in ticks, so that a recycled pid is never taken for ours. None: it is not there."""
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            return None
+        return None if fields[0] == "Z" else int(fields[19])
+
+    def pid(self, name):
+        try:
+            pid, born = map(int, (self.dir / f"{name}.pid").read_text().split())
+        except (OSError, ValueError):
+            return None
+        return pid if self.birth(pid) == born else None
+
+    def run(self, name):
+        if self.pid(name):
+            return
+        with open(self.dir / f"{name}.log", "ab") as log:
+            process = subprocess.Popen(list(map(str, self.command(name))), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                                       env={**os.environ, "NO_PROXY": "*"})
+        (self.dir / f"{name}.pid").write_text(f"{process.pid} {self.birth(process.pid)}")
+
+    def signal(self, name, number):
+        pid = self.pid(name)
+        if not pid:
+            fail(f"{name} is not running")
+        os.kill(pid, number)
+        return pid
+
+    def end(self, name):
+        pid = self.pid(name)
+        if not pid:
+            return
+        os.kill(pid, signal.SIGKILL)  # nothing is worth saving; SIGTERM makes an API server wait for its watches
+        deadline = time.monotonic() + 20
+        while self.pid(name):
+            if time.monotonic() > deadline:
+                fail(f"{name} (pid {pid}) does not end")
+            time.sleep(0.02)
+
+    # -- the API, only for readiness and fake nodes
+
+    def call(self, path, body=None, timeout=10):
+        context = ssl.create_default_context(cafile=self.pki / "ca.crt")
+        context.load_cert_chain(self.pki / "admin.crt", self.pki / "admin.key")
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
+        request = urllib.request.Request(self.server + path, data=None if body is None else json.dumps(body).encode(),
+                                         headers={"Content-Type": "application/json"})
+        with opener.open(request, timeout=timeout) as answer:
+            return answer.read().decode()
+
+    def wait(self, what, timeout_s, name, ready):
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                if ready():
+                    return
+                error = "not yet"
+            except OSError as e:
+                error = str(e)
+            if not self.pid(name) or time.monotonic() > deadline:
+                log = (self.dir / f"{name}.log").read_text(errors="replace").splitlines()[-15:]
+                fail(f"{what}: {error}; end of {name}'s log:\n" + "\n".join(log))
+            time.sleep(0.05)
+
+    def ready(self):
+        self.wait("API server", START_TIMEOUT_S, "kube-apiserver", lambda: self.call("/readyz") == "ok")
+
+    def start(self, names, apiserver_args):
+        if not self.state:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            ports = dict(zip(["peer", *ORDER], free_ports(6)))
+            self.state = {"ports": ports, "apiserver_args": apiserver_args}
+            self.make_certificates()
+            self.state_file.write_text(json.dumps(self.state))
+        self.run("etcd")
+        self.run("kube-apiserver")
+        self.ready()
+        for name in names:
+            self.run(name)
+        if "kube-controller-manager" in names:  # its first visible work; pods need it
+            self.wait("default ServiceAccount", START_TIMEOUT_S, "kube-controller-manager",
+                      lambda: '"name":"default"' in self.call("/api/v1/namespaces/default/serviceaccounts").replace(" ", ""))
+
+    def stop(self):
+        for name in reversed(ORDER):
+            if self.dir.exists():
+                self.end(name)
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+    def nodes(self, count):
+        size = {"cpu": "64", "memory": "512Gi", "pods": "110", "nvidia.com/gpu": "16"}
+        for i in range(count):
+            self.call("/api/v1/nodes", {
+                "apiVersion": "v1", "kind": "Node", "status": {"allocatable": size, "capacity": size},
+                "metadata": {"name": f"fake-{i:03d}",
+                             "labels": {"fake-node": "true", "kubernetes.io/hostname": f"fake-{i:03d}"}}})
+
+        def all_ready():
+            items = json.loads(self.call("/api/v1/nodes"))["items"]
+            conditions = [c for node in items for c in node["status"].get("conditions", [])]
+            return sum(c["type"] == "Ready" and c["status"] == "True" for c in conditions) >= count
+        self.wait(f"{count} nodes", START_TIMEOUT_S, "fakelet", all_ready)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["start", "stop", "kill", "freeze", "thaw", "run", "nodes", "env"])
+    parser.add_argument("dir")
+    parser.add_argument("argument", nargs="?", default="")
+    parser.add_argument("--with", dest="extra", default="", help="components beside etcd and kube-apiserver, by commas")
+    parser.add_argument("--apiserver-arg", action="append", default=[])
+    args = parser.parse_args()
+    cluster = Cluster(args.dir)
+    if args.verb == "stop":
+        return cluster.stop()
+    if args.verb == "start":
+        names = [n for n in args.extra.split(",") if n]
+        if not set(names) <= set(ORDER):
+            fail(f"unknown component in --with {args.extra}")
+        cluster.start(names, args.apiserver_arg)
+        return print(cluster.dir / "admin.kubeconfig")
+    if not cluster.state:
+        fail(f"no cluster in {cluster.dir}")
+    if args.verb == "env":
+        print(f"KUBECONFIG={cluster.dir}/admin.kubeconfig\nSERVER={cluster.server}")
+        for name in ORDER:
+            if cluster.pid(name):
+                print(f"PID_{name.replace('-', '_').upper()}={cluster.pid(name)}")
+    elif args.verb == "nodes":
+        cluster.nodes(int(args.argument))
+    elif args.argument not in ORDER:
+        fail(f"{args.verb} what? One of {', '.join(ORDER)}")
+    elif args.verb == "run":
+        cluster.run(args.argument)
+        if args.argument in ("etcd", "kube-apiserver"):
+            cluster.ready()
+    elif args.verb == "kill":
+        cluster.end(args.argument)
+    else:
+        cluster.signal(args.argument, {"freeze": signal.SIGSTOP, "thaw": signal.SIGCONT}[args.verb])
+
+
+if __name__ == "__main__":
+    main()
