@@ -9,6 +9,7 @@ import torch
 from python_export.oracle import Golden, bf16_ulp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "parity"))
+import concurrent_parity  # noqa: E402
 import e2e_parity  # noqa: E402
 import split_parity  # noqa: E402
 import stage_parity  # noqa: E402
@@ -114,3 +115,15 @@ def test_another_token_or_a_far_logit_shows_between_chunks(golden):
     assert "logits" in split_parity.different_answers(dump, other, 1, 1e-5)[0]
     other["p0.tokens"][9] += 1
     assert "tokens" in split_parity.different_answers(dump, other, 1, 1e-4)[0]
+
+
+def test_served_answers_alone_and_in_a_crowd_must_be_the_same():
+    body = {"temperature": 0, "max_tokens": 3}
+    stays = concurrent_parity.Job({"name": "stays"}, "", body)
+    leaves = concurrent_parity.Job({"name": "leaves"}, "", body, leave_after=2)
+    differences = lambda job, alone, crowd: concurrent_parity.different("", [job], [([1], alone)], [([1], crowd)])
+    assert not differences(stays, [7, 8, 9], [7, 8, 9])
+    assert differences(stays, [7, 8, 9], [7, 8, 5]) and differences(stays, [7, 8], [7, 8])  # another token; one too few
+    assert not differences(leaves, [7, 8, 9], [7, 8]) and not differences(leaves, [7, 8], [7, 8, 9])
+    assert differences(leaves, [7, 8, 9], [7, 5]) and differences(leaves, [7, 8, 9], [7])  # another token; gone too early
+    assert concurrent_parity.different("", [stays], [([1], [7, 8, 9])], [([2], [7, 8, 9])])  # another prompt

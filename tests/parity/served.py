@@ -12,12 +12,14 @@ from pathlib import Path
 READY_SECONDS = 120  # a tiny checkpoint is ready in about one; the machine may be busy
 
 
-def manifest(checkpoint: Path, *, stages, dtype: str = "Auto", engine: dict | None = None) -> dict:
-    """`stages`: a count, or layer ranges [(begin, end), ...]."""
+def manifest(checkpoint: Path, *, stages, dtype: str = "Auto", engine: dict | None = None,
+             model: dict | None = None) -> dict:
+    """`stages`: a count, or layer ranges [(begin, end), ...]. `engine`, `model`: further fields of those."""
     layout = {"count": stages} if isinstance(stages, int) else {
         "list": [{"name": f"s{n}", "layers": {"begin": a, "end": b}} for n, (a, b) in enumerate(stages)]}
     return {"apiVersion": "qwenpipeline.dev/v1alpha1", "kind": "QwenPipeline", "metadata": {"name": "parity"},
-            "spec": {"model": {"id": "parity", "source": {"path": str(checkpoint)}, "dtype": dtype}, "stages": layout,
+            "spec": {"model": {"id": "parity", "source": {"path": str(checkpoint)}, "dtype": dtype} | (model or {}),
+                     "stages": layout,
                      "engine": {"device": "Cpu", "threads": 1, "kvCacheTokens": 16384} | (engine or {})}}
 
 
