@@ -12,6 +12,9 @@ use toktrie::{InferenceCapabilities, TokEnv, TokRxInfo, TokTrie, TokenId, Tokeni
 const TEXT_BYTES_MAX: usize = 1 << 20;
 /// Recursive-descent parsers (Lark, regex) go this deep; a megabyte of "((((" would otherwise overflow a thread's stack.
 const NESTING_MAX: usize = 128;
+/// Between two JSON tokens: enough for a line break and any indentation that people print. Without a bound a model that
+/// falls into blanks stays there until its length limit, and the answer is no JSON.
+const WHITESPACE: &str = r"[ \n\r\t]{1,32}";
 
 struct Environment {
     trie: TokTrie,
@@ -76,7 +79,11 @@ impl Compiler {
         let text = utf8(text, "the grammar")?;
         let grammar = match grammar {
             0 => {
-                let schema = serde_json::from_str(text).map_err(|e| invalid(format!("the schema is not JSON: {e}")))?;
+                let mut schema: serde_json::Value =
+                    serde_json::from_str(text).map_err(|e| invalid(format!("the schema is not JSON: {e}")))?;
+                if let Some(object) = schema.as_object_mut() {
+                    object.entry("x-guidance").or_insert_with(|| serde_json::json!({ "whitespace_pattern": WHITESPACE }));
+                }
                 TopLevelGrammar::from_json_schema(schema)
             }
             1 => {
@@ -91,10 +98,18 @@ impl Compiler {
         };
         let parser = self.factory.create_parser(grammar).map_err(|error| invalid(format!("{error:#}")))?;
         let matcher = Matcher::new(Ok(parser));
-        match matcher.get_error() {
-            Some(error) => Err(invalid(error)),
-            None => Ok(Constraint { matcher, tokens: self.tokens }),
+        if let Some(error) = matcher.get_error() {
+            return Err(invalid(error));
         }
+        // The lexer is built lazily, so a grammar that is too large for its bounds shows at its first token: refused here,
+        // on the thread of the one who asks, with a message, not by the thread that serves everybody with an empty answer.
+        // A mask that ran out of work is cut short without an error: the error comes when a token is taken.
+        let mut probe = matcher.clone();
+        let first = probe.compute_mask_or_eos().map_err(too_complex)?.iter().next();
+        if let Some(token) = first {
+            probe.consume_token(token).map_err(too_complex)?;
+        }
+        Ok(Constraint { matcher, tokens: self.tokens })
     }
 }
 
@@ -137,6 +152,10 @@ impl Constraint {
         self.matcher.is_stopped()
             && !matches!(self.matcher.stop_reason(), StopReason::InternalError | StopReason::Cancelled)
     }
+}
+
+fn too_complex(error: impl std::fmt::Display) -> Failure {
+    invalid(format!("the grammar is too complex: {error}"))
 }
 
 fn step_failure(error: impl std::fmt::Display) -> Failure {

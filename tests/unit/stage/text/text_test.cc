@@ -313,7 +313,9 @@ TEST_F(ConstraintTest, ARegexAllowsExactlyTheTokensThatCanStillMatch) {
     if (!Tiny().IsSpecial(id) && can_start(Tiny().TokenBytes(id))) expected.push_back(id);
   }
   EXPECT_EQ(walk.Allowed(), expected);
-  for (const int32_t id : *Tiny().Encode("no, 42", false)) ASSERT_TRUE((*constraint)->Accept(id).ok());
+  const auto ids = Tiny().Encode("no, 42", false);
+  ASSERT_TRUE(ids.ok());
+  for (const int32_t id : *ids) ASSERT_TRUE((*constraint)->Accept(id).ok());
   EXPECT_EQ(walk.Allowed(), (std::vector<int32_t>{Id("<|endoftext|>"), Id("<|im_end|>")})) << "only the end is left";
   EXPECT_TRUE((*constraint)->Accept(Id("<|im_end|>")).ok());
   EXPECT_TRUE((*constraint)->finished());
@@ -369,18 +371,41 @@ TEST_F(ConstraintTest, MalformedAndHostileGrammarsAreRefusedNotCrashedOn) {
   EXPECT_FALSE(compiler_->Regex(std::string(200'000, '[')).ok());
   EXPECT_FALSE(compiler_->Lark("start: " + open).ok());
   EXPECT_FALSE(compiler_->Lark("start: " + std::string(200'000, '[')).ok());
-  EXPECT_FALSE(compiler_->Regex("((a{1000}){1000}){1000}").ok());
   EXPECT_EQ(compiler_->Regex(std::string(2 << 20, 'a')).status().code(), StatusCode::kResourceExhausted);
   std::string deep;
   for (int i = 0; i < 100'000; ++i) deep += R"({"items":)";
   EXPECT_FALSE(compiler_->JsonSchema(deep).ok());
 }
 
+// A model that falls into blanks would fill its answer with them, as far as the grammar lets it.
+TEST_F(ConstraintTest, BlanksBetweenJsonTokensAreAllowedButEnd) {
+  auto constraint = compiler_->JsonSchema(R"({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})");
+  ASSERT_TRUE(constraint.ok()) << constraint.status().ToString();
+  ASSERT_TRUE((*constraint)->Accept(Id("{")).ok());
+  for (int i = 0; i < 32; ++i) ASSERT_TRUE((*constraint)->Accept(*Tiny().TokenToId(i == 0 ? "\u010A" : "\u0120")).ok()) << i;
+  for (const int32_t id : Walk(Tiny(), **constraint, Columns()).Allowed()) EXPECT_EQ(Tiny().TokenBytes(id)[0], '"');
+  for (const char* token : {"\"", "a", "\"", ":"}) ASSERT_TRUE((*constraint)->Accept(Id(token)).ok()) << token;
+}
+
+// Lexers are built lazily: what cannot be afforded must be refused with the request, not end its answer at the first
+// token, by the thread that serves everybody.
+TEST_F(ConstraintTest, ARepeatThatCannotBeAffordedIsRefusedAndOneThatCanIsServed) {
+  for (const char* regex : {"((a{1000}){1000}){1000}", "yes((a{1000}){1000}){1000}"}) {
+    EXPECT_EQ(compiler_->Regex(regex).status().code(), StatusCode::kInvalidArgument) << regex;
+  }
+  auto affordable = compiler_->Regex("(a{10}){10}");
+  ASSERT_TRUE(affordable.ok()) << affordable.status().ToString();
+  for (int i = 0; i < 100; ++i) ASSERT_TRUE((*affordable)->Accept(Id("a")).ok()) << i;
+  EXPECT_EQ(Walk(Tiny(), **affordable, Columns()).Allowed(), (std::vector<int32_t>{Id("<|endoftext|>"), Id("<|im_end|>")}));
+}
+
 TEST_F(ConstraintTest, ARecursiveSchemaCompiles) {
   auto constraint = compiler_->JsonSchema(
       R"({"$defs": {"n": {"type": "object", "properties": {"next": {"$ref": "#/$defs/n"}}}}, "$ref": "#/$defs/n"})");
   ASSERT_TRUE(constraint.ok()) << constraint.status().ToString();
-  for (const int32_t id : *Tiny().Encode(R"({"next": {"next": {}}})", false)) {
+  const auto ids = Tiny().Encode(R"({"next": {"next": {}}})", false);
+  ASSERT_TRUE(ids.ok());
+  for (const int32_t id : *ids) {
     EXPECT_TRUE((*constraint)->Accept(id).ok()) << Tiny().IdToToken(id);
   }
 }
