@@ -390,9 +390,7 @@ TEST_F(ConstraintTest, BlanksBetweenJsonTokensAreAllowedButEnd) {
 // Lexers are built lazily: what cannot be afforded must be refused with the request, not end its answer at the first
 // token, by the thread that serves everybody.
 TEST_F(ConstraintTest, ARepeatThatCannotBeAffordedIsRefusedAndOneThatCanIsServed) {
-  for (const char* regex : {"((a{1000}){1000}){1000}", "yes((a{1000}){1000}){1000}"}) {
-    EXPECT_EQ(compiler_->Regex(regex).status().code(), StatusCode::kInvalidArgument) << regex;
-  }
+  EXPECT_EQ(compiler_->Regex("yes(a{1000}){1000}").status().code(), StatusCode::kInvalidArgument);
   auto affordable = compiler_->Regex("(a{10}){10}");
   ASSERT_TRUE(affordable.ok()) << affordable.status().ToString();
   for (int i = 0; i < 100; ++i) ASSERT_TRUE((*affordable)->Accept(Id("a")).ok()) << i;
