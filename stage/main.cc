@@ -7,6 +7,7 @@
 #include <csignal>
 #include <cstdlib>
 #include <ctime>
+#include <optional>
 #include <thread>
 
 #include "stage/base/http_listener.h"
@@ -53,6 +54,9 @@ void AddFlags(CLI::App& app, Flags& f) {
       ->envname(std::string(contract::kEnvPodIp));
   app.add_option("--device", f.compute.device, "where to compute")->check(CLI::IsMember({"cpu", "cuda"}));
   app.add_option("--dtype", f.compute.dtype, "of weights, activations and KV cache")->check(CLI::IsMember({"auto", "float32", "bfloat16"}));
+  app.add_option("--backend", f.compute.backend, "on a GPU: auto (kernels where they fit the shape) or reference (ATen operators alone)")
+      ->check(CLI::IsMember({"auto", "reference"}));
+  app.add_option("--random-weights", f.compute.random_seed, "seed: noise instead of the checkpoint's weights, for measuring; config and tokenizer are still read");
   app.add_option("--block-tokens", f.compute.block_tokens, "tokens of a KV block; the same on all stages")->check(CLI::Range(1, 256));
   app.add_option("--kv-blocks", f.compute.kv_blocks, "KV blocks; 0: what the free memory holds")->check(CLI::NonNegativeNumber);
   app.add_option("--max-batch-tokens", f.compute.max_batch_tokens, "tokens of one plan")->check(CLI::Range(1, 1 << 20));
@@ -151,9 +155,13 @@ void WatchSignals(const sigset_t& signals, worker::Worker& worker, const std::at
 int Run(Flags& flags, const sigset_t& signals) {
   if (flags.compute.stage >= flags.compute.stages) return Fail(ExitCode::kBadFlags, "--index", InvalidArgumentError("not below --stages"));
   // The checkpoint's index is read before anything is dialled: what is wrong with it ends the start at once.
-  auto checkpoint = weights::Checkpoint::OpenStage(flags.model, flags.compute.stage, flags.compute.stages);
-  if (!checkpoint.ok()) return Fail(ExitCode::kBadCheckpoint, "cannot use the checkpoint", checkpoint.status());
-  auto shape = contract::LoadModelShape(checkpoint->dir());
+  std::optional<weights::Checkpoint> checkpoint;
+  if (!flags.compute.random_seed) {
+    auto opened = weights::Checkpoint::OpenStage(flags.model, flags.compute.stage, flags.compute.stages);
+    if (!opened.ok()) return Fail(ExitCode::kBadCheckpoint, "cannot use the checkpoint", opened.status());
+    checkpoint = std::move(opened).value();
+  }
+  auto shape = contract::LoadModelShape(checkpoint ? checkpoint->dir() : flags.model);
   if (!shape.ok()) return Fail(ExitCode::kBadCheckpoint, "cannot use the checkpoint", shape.status());
   auto layers = Layers(flags, *shape);
   if (!layers.ok()) return Fail(ExitCode::kBadFlags, "--layers", layers.status());
@@ -167,7 +175,7 @@ int Run(Flags& flags, const sigset_t& signals) {
   prometheus::Registry registry;
   worker::WorkerMetrics metrics(registry, flags.compute.stage, flags.compute.layers);
   const auto loader = [&](const worker::LoadProgress& progress) {
-    return worker::LoadModelCompute(*checkpoint, *shape, flags.compute, progress);
+    return worker::LoadModelCompute(checkpoint ? &*checkpoint : nullptr, *shape, flags.compute, progress);
   };
   worker::Worker worker(*options, loader, metrics);
   auto http = HttpListener::Start({.address = "0.0.0.0", .port = flags.metrics_port}, Routes(worker, registry));

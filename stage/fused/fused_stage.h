@@ -58,7 +58,11 @@ class FusedStage final : public model::StageBackend {
 
   FusedStage(const contract::ModelShape& shape, const model::StageModelOptions& options, weights::TensorMap& tensors,
              const std::vector<ops::PagedKv>& cache, const ops::RotaryFrequencies& rotary);
+  static constexpr int64_t kCudnnMax = 8192;  // tokens of a prompt beyond which flash attention is used
   void AllocateDecode();
+  // The attention of rows [begin, begin + length) of qkv among themselves -> (length, heads * 128). qkv has kCudnnStep rows more.
+  at::Tensor CudnnAttention(const at::Tensor& qkv, int64_t begin, int64_t length) const;
+  void PlanCudnn(int64_t tokens_max);
   Metadata At(int32_t* base) const;
   void EnqueueDecode(int64_t tokens, int64_t table_stride);
   void DecodeLinear(const at::Tensor& x, const at::Tensor& weight, at::Tensor& y, int64_t tokens, const at::Tensor* residual);
@@ -75,6 +79,7 @@ class FusedStage final : public model::StageBackend {
   std::vector<Layer> layers_;
   at::Tensor inverse_, axis_;  // (64) float32, (64) int32
   double rotary_scaling_ = 1.0;
+  bool cudnn_ = false;
 
   DecodeBuffers decode_;
   at::Tensor host_meta_, device_meta_;  // int32

@@ -90,13 +90,13 @@ __global__ void __launch_bounds__(kWarps * 32) AttentionDecodeKernel(const Atten
 #pragma unroll
   for (int i = 0; i < kRows / kWarps; ++i) rows[i] = LoadHead(qkv + (kv_head * group + min(warp + i * kWarps, group - 1)) * kHeadDim);
   if (warp == kWarps - 1) {
-    NormRope(LoadHead(qkv + (args.heads + kv_head) * kHeadDim), k_weight, cos_sin, args.norm_eps, sm.new_k);
+    StoreHead(sm.new_k, NormRope(LoadHead(qkv + (args.heads + kv_head) * kHeadDim), k_weight, cos_sin, args.norm_eps));
     *reinterpret_cast<uint2*>(sm.new_v + lane * 4) = *reinterpret_cast<const uint2*>(qkv + (args.heads + args.kv_heads + kv_head) * kHeadDim + lane * 4);
   }
 #pragma unroll
   for (int i = 0; i < kRows / kWarps; ++i) {
     if (warp + i * kWarps < group) {
-      NormRope(rows[i], q_weight, cos_sin, args.norm_eps, sm.q + (warp + i * kWarps) * kStride);
+      StoreHead(sm.q + (warp + i * kWarps) * kStride, NormRope(rows[i], q_weight, cos_sin, args.norm_eps));
     } else {
       *reinterpret_cast<uint2*>(sm.q + (warp + i * kWarps) * kStride + lane * 4) = make_uint2(0, 0);
     }

@@ -102,10 +102,11 @@ __global__ void __launch_bounds__(1024) MoeGroupKernel(MoeShapeArgs shape, MoeRo
 
 constexpr int kWarps = 8;
 
-// One block: 16 gate rows and 16 up rows of one active expert, for all its tokens, 8 * kTiles at a time. Eight warps split k.
-// kUnroll divides the k steps of a warp: 4 rows * 16 B * kUnroll a thread are in flight.
-template <int kTiles, int kUnroll>
-__global__ void __launch_bounds__(kWarps * 32, 2) MoeGateUpKernel(MoeShapeArgs shape, const __nv_bfloat16* x, const __nv_bfloat16* gate_up, MoeRouting routing,
+// One block: 16 * kRows gate rows and as many up rows of one active expert, for all its tokens, 8 * kTiles at a time. Eight
+// warps split k. kUnroll divides the k steps of a warp: 4 rows * kRows * 16 B * kUnroll a thread are in flight. The first
+// weights are asked for before it is known which tokens they meet: that is a chain of two loads.
+template <int kTiles, int kUnroll, int kRows = 1, int kBlocks = 2>
+__global__ void __launch_bounds__(kWarps * 32, kBlocks) MoeGateUpKernel(MoeShapeArgs shape, const __nv_bfloat16* x, const __nv_bfloat16* gate_up, MoeRouting routing,
                                                                __nv_bfloat16* h) {
   constexpr int kColumns = kTiles * 8;
   __shared__ float partial[kWarps][2][kColumns][16 + 1];
@@ -115,11 +116,26 @@ __global__ void __launch_bounds__(kWarps * 32, 2) MoeGateUpKernel(MoeShapeArgs s
   const int expert = group.x, first = group.y, last = group.z;
   if (expert < 0) return;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  const int row = blockIdx.x * 16;
+  const int row = blockIdx.x * 16 * kRows;
   const int k_begin = warp * (shape.hidden / kWarps), steps = shape.hidden / kWarps / 32;
   const __nv_bfloat16* gate = gate_up + (static_cast<size_t>(expert) * 2 * shape.inter + row + g) * shape.hidden + k_begin + t * 8;
   const __nv_bfloat16* up = gate + static_cast<size_t>(shape.inter) * shape.hidden;
   const size_t eight = static_cast<size_t>(8) * shape.hidden;
+  uint4 a[kUnroll][kRows][4];
+  auto load_weights = [&](int step) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const size_t k = (step + u) * 32 + 2 * r * eight;
+        a[u][r][0] = LoadStream(gate + k);
+        a[u][r][1] = LoadStream(gate + eight + k);
+        a[u][r][2] = LoadStream(up + k);
+        a[u][r][3] = LoadStream(up + eight + k);
+      }
+    }
+  };
+  load_weights(0);
 
   for (int base = first; base < last; base += kColumns) {
     const __nv_bfloat16* xb[kTiles];
@@ -128,60 +144,67 @@ __global__ void __launch_bounds__(kWarps * 32, 2) MoeGateUpKernel(MoeShapeArgs s
       const int at = min(base + i * 8 + g, last - 1);  // columns past the end repeat the last one; nobody reads theirs
       xb[i] = x + static_cast<size_t>(routing.order[at] / shape.top_k) * shape.hidden + k_begin + t * 8;
     }
-    float acc[2][kTiles][4] = {};
+    float acc[kRows][2][kTiles][4] = {};
     for (int step = 0; step < steps; step += kUnroll) {
-      uint4 a[kUnroll][4], b[kUnroll][kTiles];
+      uint4 b[kUnroll][kTiles];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const int k = (step + u) * 32;
-        a[u][0] = LoadStream(gate + k);
-        a[u][1] = LoadStream(gate + eight + k);
-        a[u][2] = LoadStream(up + k);
-        a[u][3] = LoadStream(up + eight + k);
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) b[u][i] = LoadActivation(xb[i] + k);
+        for (int i = 0; i < kTiles; ++i) b[u][i] = LoadActivation(xb[i] + (step + u) * 32);
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
-          MmaK32(acc[0][i], a[u][0], a[u][1], b[u][i]);
-          MmaK32(acc[1][i], a[u][2], a[u][3], b[u][i]);
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+            MmaK32(acc[r][0][i], a[u][r][0], a[u][r][1], b[u][i]);
+            MmaK32(acc[r][1][i], a[u][r][2], a[u][r][3], b[u][i]);
+          }
         }
       }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        partial[warp][half][i * 8 + 2 * t][g] = acc[half][i][0];
-        partial[warp][half][i * 8 + 2 * t + 1][g] = acc[half][i][1];
-        partial[warp][half][i * 8 + 2 * t][g + 8] = acc[half][i][2];
-        partial[warp][half][i * 8 + 2 * t + 1][g + 8] = acc[half][i][3];
+      if (step + kUnroll < steps) {
+        load_weights(step + kUnroll);
+      } else if (base + kColumns < last) {
+        load_weights(0);
       }
     }
-    __syncthreads();
-    for (int i = threadIdx.x; i < kColumns * 16; i += blockDim.x) {
-      const int column = i / 16, r = i % 16;
-      if (base + column < last) {
-        float gate_sum = 0.0f, up_sum = 0.0f;
 #pragma unroll
-        for (int s = 0; s < kWarps; ++s) {
-          gate_sum += partial[s][0][column][r];
-          up_sum += partial[s][1][column][r];
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+          partial[warp][half][i * 8 + 2 * t][g] = acc[r][half][i][0];
+          partial[warp][half][i * 8 + 2 * t + 1][g] = acc[r][half][i][1];
+          partial[warp][half][i * 8 + 2 * t][g + 8] = acc[r][half][i][2];
+          partial[warp][half][i * 8 + 2 * t + 1][g + 8] = acc[r][half][i][3];
         }
-        gate_sum = RoundBf16(gate_sum);
-        const float silu = RoundBf16(gate_sum / (1.0f + expf(-gate_sum)));
-        h[static_cast<size_t>(routing.order[base + column]) * shape.inter + row + r] = __float2bfloat16_rn(silu * RoundBf16(up_sum));
       }
+      __syncthreads();
+      for (int i = threadIdx.x; i < kColumns * 16; i += blockDim.x) {
+        const int column = i / 16, c = i % 16;
+        if (base + column < last) {
+          float gate_sum = 0.0f, up_sum = 0.0f;
+#pragma unroll
+          for (int s = 0; s < kWarps; ++s) {
+            gate_sum += partial[s][0][column][c];
+            up_sum += partial[s][1][column][c];
+          }
+          gate_sum = RoundBf16(gate_sum);
+          const float silu = RoundBf16(gate_sum / (1.0f + expf(-gate_sum)));
+          h[static_cast<size_t>(routing.order[base + column]) * shape.inter + row + r * 16 + c] = __float2bfloat16_rn(silu * RoundBf16(up_sum));
+        }
+      }
+      __syncthreads();
     }
-    __syncthreads();
   }
 }
 
-// One block: 32 rows of the down projection of one active expert. Four warps split k, two halves take 16 rows each.
-template <int kTiles, int kUnroll>
-__global__ void __launch_bounds__(kWarps * 32, kTiles == 1 ? 3 : 2) MoeDownKernel(MoeShapeArgs shape, const __nv_bfloat16* h, const __nv_bfloat16* down, MoeRouting routing,
+// One block: 32 * kRows rows of the down projection of one active expert. Four warps split k, two halves take 16 * kRows rows
+// each.
+template <int kTiles, int kUnroll, int kRows = 1, int kBlocks = (kTiles == 1 ? 3 : 2)>
+__global__ void __launch_bounds__(kWarps * 32, kBlocks) MoeDownKernel(MoeShapeArgs shape, const __nv_bfloat16* h, const __nv_bfloat16* down, MoeRouting routing,
                                                              __nv_bfloat16* out) {
   constexpr int kColumns = kTiles * 8, kSplits = kWarps / 2;
   __shared__ float partial[kSplits][kColumns][32 + 1];
@@ -192,10 +215,23 @@ __global__ void __launch_bounds__(kWarps * 32, kTiles == 1 ? 3 : 2) MoeDownKerne
   if (expert < 0) return;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int half = warp & 1, split = warp >> 1;
-  const int row = blockIdx.x * 32 + half * 16;
+  const int row = blockIdx.x * 32 * kRows;
   const int k_begin = split * (shape.inter / kSplits), steps = shape.inter / kSplits / 32;
-  const __nv_bfloat16* w0 = down + (static_cast<size_t>(expert) * shape.hidden + row + g) * shape.inter + k_begin + t * 8;
-  const __nv_bfloat16* w8 = w0 + static_cast<size_t>(8) * shape.inter;
+  const __nv_bfloat16* w0 = down + (static_cast<size_t>(expert) * shape.hidden + row + half * 16 + g) * shape.inter + k_begin + t * 8;
+  const size_t eight = static_cast<size_t>(8) * shape.inter;
+  uint4 a[kUnroll][kRows][2];
+  auto load_weights = [&](int step) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const size_t k = (step + u) * 32 + 4 * r * eight;
+        a[u][r][0] = LoadStream(w0 + k);
+        a[u][r][1] = LoadStream(w0 + eight + k);
+      }
+    }
+  };
+  load_weights(0);
 
   for (int base = first; base < last; base += kColumns) {
     const __nv_bfloat16* hb[kTiles];
@@ -204,44 +240,52 @@ __global__ void __launch_bounds__(kWarps * 32, kTiles == 1 ? 3 : 2) MoeDownKerne
       const int at = min(base + i * 8 + g, last - 1);
       hb[i] = h + static_cast<size_t>(routing.order[at]) * shape.inter + k_begin + t * 8;
     }
-    float acc[kTiles][4] = {};
+    float acc[kRows][kTiles][4] = {};
     for (int step = 0; step < steps; step += kUnroll) {
-      uint4 a[kUnroll][2], b[kUnroll][kTiles];
+      uint4 b[kUnroll][kTiles];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const int k = (step + u) * 32;
-        a[u][0] = LoadStream(w0 + k);
-        a[u][1] = LoadStream(w8 + k);
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) b[u][i] = LoadActivation(hb[i] + k);
+        for (int i = 0; i < kTiles; ++i) b[u][i] = LoadActivation(hb[i] + (step + u) * 32);
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) MmaK32(acc[i], a[u][0], a[u][1], b[u][i]);
+        for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) MmaK32(acc[r][i], a[u][r][0], a[u][r][1], b[u][i]);
+        }
+      }
+      if (step + kUnroll < steps) {
+        load_weights(step + kUnroll);
+      } else if (base + kColumns < last) {
+        load_weights(0);
       }
     }
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      float* p = &partial[split][i * 8 + 2 * t][half * 16];
-      p[g] = acc[i][0];
-      p[33 + g] = acc[i][1];
-      p[g + 8] = acc[i][2];
-      p[33 + g + 8] = acc[i][3];
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < kColumns * 32; i += blockDim.x) {
-      const int column = i / 32, r = i % 32;
-      if (base + column < last) {
-        float sum = 0.0f;
+    for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-        for (int s = 0; s < kSplits; ++s) sum += partial[s][column][r];
-        const int a = routing.order[base + column];
-        const float weight = __bfloat162float(routing.weight_of[a]);
-        out[static_cast<size_t>(a) * shape.hidden + blockIdx.x * 32 + r] = __float2bfloat16_rn(RoundBf16(sum) * weight);
+      for (int i = 0; i < kTiles; ++i) {
+        float* p = &partial[split][i * 8 + 2 * t][half * 16];
+        p[g] = acc[r][i][0];
+        p[33 + g] = acc[r][i][1];
+        p[g + 8] = acc[r][i][2];
+        p[33 + g + 8] = acc[r][i][3];
       }
+      __syncthreads();
+      for (int i = threadIdx.x; i < kColumns * 32; i += blockDim.x) {
+        const int column = i / 32, c = i % 32;
+        if (base + column < last) {
+          float sum = 0.0f;
+#pragma unroll
+          for (int s = 0; s < kSplits; ++s) sum += partial[s][column][c];
+          const int at = routing.order[base + column];
+          const float weight = __bfloat162float(routing.weight_of[at]);
+          out[static_cast<size_t>(at) * shape.hidden + row + r * 32 + c] = __float2bfloat16_rn(RoundBf16(sum) * weight);
+        }
+      }
+      __syncthreads();
     }
-    __syncthreads();
   }
 }
 
@@ -301,26 +345,26 @@ cudaError_t MoeGateUp(const MoeShapeArgs& shape, const __nv_bfloat16* x, const _
                       cudaStream_t stream) {
   if (!Valid(shape) || shape.hidden % (kWarps * 32) != 0 || shape.inter % 16 != 0) return cudaErrorInvalidValue;
   const LaunchShape launch = {.grid = dim3(shape.inter / 16, ActiveMax(shape)), .block = dim3(kWarps * 32)};
-  // Mean tokens per active expert decides how many share one pass over the weights.
-  const bool one = shape.tokens <= 16;
-  if (shape.hidden / kWarps / 32 % 4 == 0) {
-    // Past 128 tokens (of 128 experts, top 8) an expert has more than 8 on average: one pass over its weights for up to 32.
-    if (shape.tokens > 128) return Launch(MoeGateUpKernel<4, 2>, launch, stream, shape, x, gate_up, routing, h);
-    return one ? Launch(MoeGateUpKernel<1, 4>, launch, stream, shape, x, gate_up, routing, h) : Launch(MoeGateUpKernel<2, 4>, launch, stream, shape, x, gate_up, routing, h);
+  // Read off MoeVariants.Speed on an H200: with 128 experts and top 8 a token in 16 meets any one expert, so up to 16 tokens
+  // one tile of 8 columns holds them, and past 128 an expert has more than 8 on average and wants one pass for up to 32.
+  if (shape.hidden / kWarps / 32 % 4 != 0) {
+    return shape.tokens <= 16 ? Launch(MoeGateUpKernel<1, 1>, launch, stream, shape, x, gate_up, routing, h) : Launch(MoeGateUpKernel<2, 1>, launch, stream, shape, x, gate_up, routing, h);
   }
-  return one ? Launch(MoeGateUpKernel<1, 1>, launch, stream, shape, x, gate_up, routing, h) : Launch(MoeGateUpKernel<2, 1>, launch, stream, shape, x, gate_up, routing, h);
+  if (shape.tokens <= 16) return Launch(MoeGateUpKernel<1, 4>, launch, stream, shape, x, gate_up, routing, h);
+  if (shape.tokens <= 128) return Launch(MoeGateUpKernel<2, 4>, launch, stream, shape, x, gate_up, routing, h);
+  return Launch(MoeGateUpKernel<4, 2>, launch, stream, shape, x, gate_up, routing, h);
 }
 
 cudaError_t MoeDown(const MoeShapeArgs& shape, const __nv_bfloat16* h, const __nv_bfloat16* down, const MoeRouting& routing, __nv_bfloat16* partial,
                     cudaStream_t stream) {
   if (!Valid(shape) || shape.inter % 128 != 0 || shape.hidden % 32 != 0) return cudaErrorInvalidValue;
   const LaunchShape launch = {.grid = dim3(shape.hidden / 32, ActiveMax(shape)), .block = dim3(kWarps * 32)};
-  const bool one = shape.tokens <= 16;
-  if (shape.inter / (kWarps / 2) / 32 % 6 == 0) {
-    if (shape.tokens > 128) return Launch(MoeDownKernel<4, 3>, launch, stream, shape, h, down, routing, partial);
-    return one ? Launch(MoeDownKernel<1, 6>, launch, stream, shape, h, down, routing, partial) : Launch(MoeDownKernel<2, 6>, launch, stream, shape, h, down, routing, partial);
+  if (shape.inter / (kWarps / 2) / 32 % 6 != 0) {
+    return shape.tokens <= 16 ? Launch(MoeDownKernel<1, 1>, launch, stream, shape, h, down, routing, partial) : Launch(MoeDownKernel<2, 1>, launch, stream, shape, h, down, routing, partial);
   }
-  return one ? Launch(MoeDownKernel<1, 1>, launch, stream, shape, h, down, routing, partial) : Launch(MoeDownKernel<2, 1>, launch, stream, shape, h, down, routing, partial);
+  if (shape.tokens <= 4) return Launch(MoeDownKernel<1, 6>, launch, stream, shape, h, down, routing, partial);
+  if (shape.tokens <= 128) return Launch(MoeDownKernel<2, 3, 1, 3>, launch, stream, shape, h, down, routing, partial);
+  return Launch(MoeDownKernel<4, 2, 1, 3>, launch, stream, shape, h, down, routing, partial);
 }
 
 cudaError_t MoeCombine(const MoeShapeArgs& shape, const __nv_bfloat16* partial, const __nv_bfloat16* residual, __nv_bfloat16* y, cudaStream_t stream) {

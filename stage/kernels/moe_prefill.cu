@@ -7,7 +7,7 @@ namespace qwen::kernels {
 namespace {
 
 constexpr int kRouteWarps = 8;
-constexpr int kPlaceThreads = 512;
+constexpr int kPlaceThreads = 1024;
 
 __global__ void __launch_bounds__(kRouteWarps * 32) RouteKernel(MoeShapeArgs shape, const __nv_bfloat16* logits, MoePermutation out, bool normalise) {
   __shared__ int count[kMaxExperts];
@@ -33,12 +33,23 @@ __global__ void __launch_bounds__(kRouteWarps * 32) RouteKernel(MoeShapeArgs sha
 }
 
 // Block e finds the assignments of expert e in order. All blocks read all ids: 4 bytes an assignment out of the L2 cache.
+// Each warp takes a contiguous part, counts in it, learns what the warps before it found, and places: two passes without a
+// barrier inside, so loads overlap.
 __global__ void __launch_bounds__(kPlaceThreads) PlaceKernel(MoeShapeArgs shape, MoePermutation out) {
-  __shared__ int warp_count[kPlaceThreads / 32];
+  constexpr int kWarps = kPlaceThreads / 32;
+  __shared__ int warp_count[kWarps];
   __shared__ int base;
   const int expert = blockIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   GridDependencyWait();
   GridDependencyLaunch();
+  const int assignments = shape.tokens * shape.top_k;
+  const int share = (assignments + kWarps * 32 - 1) / (kWarps * 32) * 32;
+  const int begin = min(warp * share, assignments), end = min(begin + share, assignments);
+  int found = 0;
+#pragma unroll 8
+  for (int a = begin + lane; a < end; a += 32) found += out.expert_of[a] == expert;
+  found = static_cast<int>(__reduce_add_sync(0xffffffffu, static_cast<unsigned>(found)));
+  if (lane == 0) warp_count[warp] = found;
   if (warp == 0) {
     int before = 0;
     for (int e = lane; e < expert; e += 32) before += out.count[e];
@@ -50,26 +61,18 @@ __global__ void __launch_bounds__(kPlaceThreads) PlaceKernel(MoeShapeArgs shape,
   }
   __syncthreads();
   int next = base;
-  const int assignments = shape.tokens * shape.top_k;
-  for (int first = 0; first < assignments; first += kPlaceThreads) {
-    const int a = first + threadIdx.x;
-    const bool mine = a < assignments && out.expert_of[a] == expert;
+  for (int w = 0; w < warp; ++w) next += warp_count[w];
+#pragma unroll 4
+  for (int first = begin; first < end; first += 32) {
+    const int a = first + lane;
+    const bool mine = a < end && out.expert_of[a] == expert;
     const unsigned ballot = __ballot_sync(0xffffffffu, mine);
-    if (lane == 0) warp_count[warp] = __popc(ballot);
-    __syncthreads();
-    int row = next + __popc(ballot & ((1u << lane) - 1));
-    int all = 0;
-#pragma unroll
-    for (int w = 0; w < kPlaceThreads / 32; ++w) {
-      if (w < warp) row += warp_count[w];
-      all += warp_count[w];
-    }
     if (mine) {
+      const int row = next + __popc(ballot & ((1u << lane) - 1));
       out.source[row] = a / shape.top_k;
       out.row_of[a] = row;
     }
-    next += all;
-    __syncthreads();
+    next += __popc(ballot);
   }
 }
 

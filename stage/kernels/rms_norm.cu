@@ -9,20 +9,29 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kVectorsMax = 8;  // 16-byte vectors a thread keeps in registers: hidden <= 8 * 256 * 8
 
+// kVectors: enough for this width. More than are needed would cost registers, and with them rows in flight.
+template <int kVectors>
 __global__ void __launch_bounds__(kWarps * 32) RmsNormKernel(const RmsNormArgs args) {
   __shared__ float scratch[kWarps];
+  const int vectors = args.hidden / 8;
+  uint4 weight[kVectors], kept[kVectors];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int v = i * kWarps * 32 + threadIdx.x;
+    if (v < vectors) weight[i] = __ldg(reinterpret_cast<const uint4*>(args.weight) + v);
+  }
   GridDependencyWait();
   GridDependencyLaunch();
-  const int vectors = args.hidden / 8;
   const uint4* from = reinterpret_cast<const uint4*>(args.x + static_cast<size_t>(blockIdx.x) * args.hidden);
   uint4* to = reinterpret_cast<uint4*>(args.y + static_cast<size_t>(blockIdx.x) * args.hidden);
-  uint4 kept[kVectorsMax];
   float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kVectorsMax; ++i) {
+  for (int i = 0; i < kVectors; ++i) {
     const int v = i * kWarps * 32 + threadIdx.x;
-    if (v >= vectors) continue;
-    kept[i] = LoadActivation(from + v);
+    kept[i] = v < vectors ? LoadActivation(from + v) : make_uint4(0, 0, 0, 0);
+  }
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
     const uint32_t words[4] = {kept[i].x, kept[i].y, kept[i].z, kept[i].w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -32,12 +41,11 @@ __global__ void __launch_bounds__(kWarps * 32) RmsNormKernel(const RmsNormArgs a
   }
   const float scale = rsqrtf(BlockSum<kWarps>(sum, scratch) / args.hidden + args.eps);
 #pragma unroll
-  for (int i = 0; i < kVectorsMax; ++i) {
+  for (int i = 0; i < kVectors; ++i) {
     const int v = i * kWarps * 32 + threadIdx.x;
     if (v >= vectors) continue;
-    const uint4 weight = __ldg(reinterpret_cast<const uint4*>(args.weight) + v);
     const uint32_t words[4] = {kept[i].x, kept[i].y, kept[i].z, kept[i].w};
-    const uint32_t weights[4] = {weight.x, weight.y, weight.z, weight.w};
+    const uint32_t weights[4] = {weight[i].x, weight[i].y, weight[i].z, weight[i].w};
     uint32_t result[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -52,7 +60,12 @@ __global__ void __launch_bounds__(kWarps * 32) RmsNormKernel(const RmsNormArgs a
 
 cudaError_t RmsNorm(const RmsNormArgs& args, cudaStream_t stream) {
   if (args.tokens < 1 || args.hidden < 8 || args.hidden % 8 != 0 || args.hidden > kVectorsMax * kWarps * 32 * 8) return cudaErrorInvalidValue;
-  return Launch(RmsNormKernel, {.grid = dim3(args.tokens), .block = dim3(kWarps * 32)}, stream, args);
+  const LaunchShape shape = {.grid = dim3(args.tokens), .block = dim3(kWarps * 32)};
+  const int vectors = (args.hidden / 8 + kWarps * 32 - 1) / (kWarps * 32);
+  if (vectors <= 1) return Launch(RmsNormKernel<1>, shape, stream, args);
+  if (vectors <= 2) return Launch(RmsNormKernel<2>, shape, stream, args);
+  if (vectors <= 4) return Launch(RmsNormKernel<4>, shape, stream, args);
+  return Launch(RmsNormKernel<kVectorsMax>, shape, stream, args);
 }
 
 }  // namespace qwen::kernels

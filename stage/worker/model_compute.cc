@@ -32,6 +32,17 @@ Result<at::Device> OpenDevice(const std::string& name) {
   return at::Device(at::kCUDA, 0);
 }
 
+// The kernels' backend, out of the library that only a GPU stage opens. Null when it is not there: a build without CUDA.
+const model::StageBackendFactory* OpenBackend() {
+  void* library = dlopen("libqwen_fused.so", RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) {
+    log::Warning("no kernels: the reference backend computes", {{"reason", dlerror()}});
+    return nullptr;
+  }
+  const auto get = reinterpret_cast<const model::StageBackendFactory* (*)()>(dlsym(library, "qwen_fused_backend"));
+  return get != nullptr ? get() : nullptr;
+}
+
 // Free bytes of the device's memory; -1 when the system does not say.
 int64_t FreeBytes(const at::Device& device) {
   if (device.is_cuda()) {
@@ -118,9 +129,22 @@ class ModelCompute final : public StageCompute {
   std::optional<sampling::Sampler> sampler_;  // last stage
 };
 
+Result<std::unique_ptr<model::StageModel>> MakeModel(weights::Checkpoint* checkpoint, const contract::ModelShape& shape,
+                                                     const ModelComputeOptions& options, const model::StageModelOptions& model_options,
+                                                     const LoadProgress& progress) {
+  if (checkpoint != nullptr) return model::StageModel::Load(*checkpoint, shape, model_options, progress);
+  ASSIGN_OR_RETURN(const weights::TensorMap tensors,
+                   weights::RandomTensors(shape,
+                                          {.spec = {.layers = options.layers, .index = options.stage, .stages = options.stages},
+                                           .device = model_options.device,
+                                           .dtype = model_options.dtype},
+                                          *options.random_seed));
+  return model::StageModel::Create(shape, model_options, tensors);
+}
+
 }  // namespace
 
-Result<std::unique_ptr<StageCompute>> LoadModelCompute(weights::Checkpoint& checkpoint, const contract::ModelShape& shape,
+Result<std::unique_ptr<StageCompute>> LoadModelCompute(weights::Checkpoint* checkpoint, const contract::ModelShape& shape,
                                                        const ModelComputeOptions& options, const LoadProgress& progress) {
   if (options.threads > 0) at::set_num_threads(options.threads);  // a setting of the calling thread, which will compute
   ASSIGN_OR_RETURN(const at::Device device, OpenDevice(options.device));
@@ -145,8 +169,15 @@ Result<std::unique_ptr<StageCompute>> LoadModelCompute(weights::Checkpoint& chec
                                          .dtype = dtype,
                                          .block_tokens = options.block_tokens,
                                          .block_count = sizing.blocks};
+  model_options.max_batch_tokens = options.max_batch_tokens;
+  model_options.max_sequence_tokens = sizing.max_sequence_tokens;
+  if (device.is_cuda()) {
+    model_options.grouping = model::RowGrouping::kWholeBatch;  // a GPU reads the weights once per plan
+    if (const model::StageBackendFactory* backend = options.backend == "reference" ? nullptr : OpenBackend()) model_options.backend = *backend;
+  }
   if (options.stage == 0 && shape.vision) model_options.vision = vision::EncoderFactory(shape, {.device = device, .dtype = dtype});
-  ASSIGN_OR_RETURN(auto model, model::StageModel::Load(checkpoint, shape, model_options, progress));
+  ASSIGN_OR_RETURN(auto model, MakeModel(checkpoint, shape, options, model_options, progress));
+  if (device.is_cuda()) log::Info("backend", {{"stage", options.stage}, {"backend", model->fused() ? "fused" : "reference"}});
   const transport::StageCapacity capacity{.block_tokens = options.block_tokens,
                                           .block_count = sizing.blocks,
                                           .max_slots = options.max_sequences,

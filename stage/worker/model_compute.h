@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "stage/base/status.h"
@@ -20,6 +21,8 @@ struct ModelComputeOptions {
   int32_t stage = 0, stages = 1;
   std::string device = "cpu";    // "cpu" or "cuda" (the process's first GPU)
   std::string dtype = "auto";    // "auto": the checkpoint's; "float32", "bfloat16"
+  std::string backend = "auto";  // on a GPU "auto": kernels where they fit the shape; "reference": ATen operators alone
+  std::optional<uint64_t> random_seed;  // noise of this seed instead of the checkpoint's weights
   int32_t block_tokens = 16;
   int32_t kv_blocks = 0;         // 0: what the free memory holds (kv_sizing.h)
   int32_t max_batch_tokens = 2048;
@@ -28,9 +31,9 @@ struct ModelComputeOptions {
   int32_t threads = 0;           // of ATen's CPU operators; 0: LibTorch's own choice
 };
 
-// Loads the stage out of `checkpoint`. kDataLoss when it does not fit `shape` (tensor, expected and found shape),
+// Loads the stage out of `checkpoint`; with a random_seed it may be null. kDataLoss when it does not fit `shape` (tensor, expected and found shape),
 // kResourceExhausted when memory does not suffice, kUnavailable when the device is not there.
-Result<std::unique_ptr<StageCompute>> LoadModelCompute(weights::Checkpoint& checkpoint, const contract::ModelShape& shape,
+Result<std::unique_ptr<StageCompute>> LoadModelCompute(weights::Checkpoint* checkpoint, const contract::ModelShape& shape,
                                                        const ModelComputeOptions& options, const LoadProgress& progress);
 
 }  // namespace qwen::worker

@@ -99,13 +99,15 @@ double Relative(const at::Tensor& got, const at::Tensor& want) {
   return ((g - w).norm() / w.norm()).item<double>();
 }
 
-// Makes the choice of experts clear. Noise puts the k-th and the next expert within a rounding of each other every few
+// Makes the choice of experts and of the next token clear. Noise puts the k-th and the next expert within a rounding of each other every few
 // tokens, in any arithmetic, so plain noise compares ties and little else. Here each token belongs to a class whose code
 // dominates its embedding, and each class has its own k experts, four logits ahead of all others.
-void ClearRouting(const contract::ModelShape& shape, weights::TensorMap& tensors) {
+void ClearChoices(const contract::ModelShape& shape, weights::TensorMap& tensors) {
+  const auto options = at::TensorOptions().device(at::kCUDA).dtype(at::kFloat);
+  at::Tensor& head = tensors.at("lm_head.weight");  // rows of different length: the best token leads by more than a rounding
+  head = (head.to(at::kFloat) * at::randn({shape.vocab, 1}, options).mul_(0.5).exp_()).to(at::kBFloat16);
   if (!shape.moe) return;
   const int64_t classes = shape.moe->experts / shape.moe->experts_per_token, k = shape.moe->experts_per_token;
-  const auto options = at::TensorOptions().device(at::kCUDA).dtype(at::kFloat);
   const at::Tensor codes = at::randint(0, 2, {classes, shape.hidden}, options).mul_(2).sub_(1);
   at::Tensor& embedding = tensors.at("embed_tokens.weight");
   const at::Tensor class_of = at::arange(shape.vocab, options.dtype(at::kLong)).remainder(classes);
@@ -122,7 +124,7 @@ int Check(const std::string& name, const contract::ModelShape& shape) {
   const weights::StageSpec spec{.layers = {0, shape.layers}};
   auto tensors = weights::RandomTensors(shape, {.spec = spec, .device = at::Device(at::kCUDA, 0)}, 1);
   QP_CHECK(tensors.ok()) << tensors.status().ToString();
-  ClearRouting(shape, *tensors);
+  ClearChoices(shape, *tensors);
   constexpr int kSequences = 40, kPrompt = 300, kSteps = 64;
   std::vector<Sequence> fused_sequences = MakeSequences(kSequences, kPrompt, kSteps + 1, shape.vocab, 7);
   std::vector<Sequence> reference_sequences = fused_sequences;

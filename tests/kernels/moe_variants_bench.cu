@@ -1,0 +1,62 @@
+// Goal: which cut of the decode MoE kernels is fastest at which batch: the launch table of moe_decode.cu is read off these rows.
+// Includes the source itself, because only there the variants can be named.
+#include "stage/kernels/moe_decode.cu"
+#include "tests/kernels/harness.h"
+
+namespace qwen::kernels::testing {
+namespace {
+
+struct Variant {
+  const char* name;
+  void (*kernel)(MoeShapeArgs, const __nv_bfloat16*, const __nv_bfloat16*, MoeRouting, __nv_bfloat16*);
+  int rows;  // of the weight matrix a block takes (gate rows for gate-up)
+};
+
+TEST(MoeVariants, Speed) {
+  const Variant gate_up[] = {{"1,4,1,2", MoeGateUpKernel<1, 4, 1, 2>, 16}, {"1,8,1,2", MoeGateUpKernel<1, 8, 1, 2>, 16}, {"1,4,1,3", MoeGateUpKernel<1, 4, 1, 3>, 16},
+                             {"1,4,2,2", MoeGateUpKernel<1, 4, 2, 2>, 32}, {"2,4,1,2", MoeGateUpKernel<2, 4, 1, 2>, 16}, {"2,2,2,2", MoeGateUpKernel<2, 2, 2, 2>, 32},
+                             {"2,2,1,3", MoeGateUpKernel<2, 2, 1, 3>, 16}, {"4,2,1,2", MoeGateUpKernel<4, 2, 1, 2>, 16}, {"4,1,2,2", MoeGateUpKernel<4, 1, 2, 2>, 32},
+                             {"4,2,2,1", MoeGateUpKernel<4, 2, 2, 1>, 32}, {"4,1,1,3", MoeGateUpKernel<4, 1, 1, 3>, 16}, {"2,1,2,3", MoeGateUpKernel<2, 1, 2, 3>, 32}};
+  const Variant down[] = {{"1,6,1,3", MoeDownKernel<1, 6, 1, 3>, 32}, {"1,6,1,4", MoeDownKernel<1, 6, 1, 4>, 32}, {"1,6,2,2", MoeDownKernel<1, 6, 2, 2>, 64},
+                          {"1,3,2,3", MoeDownKernel<1, 3, 2, 3>, 64}, {"2,6,1,2", MoeDownKernel<2, 6, 1, 2>, 32}, {"2,3,1,3", MoeDownKernel<2, 3, 1, 3>, 32},
+                          {"2,3,2,2", MoeDownKernel<2, 3, 2, 2>, 64}, {"4,3,1,2", MoeDownKernel<4, 3, 1, 2>, 32}, {"4,3,2,2", MoeDownKernel<4, 3, 2, 2>, 64},
+                          {"4,2,1,3", MoeDownKernel<4, 2, 1, 3>, 32}, {"4,2,2,2", MoeDownKernel<4, 2, 2, 2>, 64}};
+  for (const auto& [model, hidden, inter] : {std::tuple{"30b", 2048, 768}, std::tuple{"235b", 4096, 1536}}) {
+    const int layers = 2;
+    DeviceBuffer<__nv_bfloat16> wg(size_t(layers) * 128 * 2 * inter * hidden), wd(size_t(layers) * 128 * inter * hidden);
+    FillNoise(wg.get(), wg.count(), 0.02f, 1, nullptr);
+    FillNoise(wd.get(), wd.count(), 0.02f, 2, nullptr);
+    for (const int tokens : {1, 8, 32, 64, 256}) {
+      const MoeShapeArgs shape{tokens, hidden, inter, 128, 8};
+      DeviceBuffer<__nv_bfloat16> x(size_t(tokens) * hidden), logits(size_t(tokens) * 128), h(size_t(tokens) * 8 * inter), out(size_t(tokens) * 8 * hidden), weight(size_t(tokens) * 8);
+      FillNoise(x.get(), x.count(), 1.0f, 3, nullptr);
+      FillNoise(h.get(), h.count(), 1.0f, 4, nullptr);
+      FillNoise(logits.get(), logits.count(), 1.0f, 5, nullptr);
+      DeviceBuffer<int32_t> expert(size_t(tokens) * 8), order(size_t(tokens) * 8);
+      DeviceBuffer<int4> group(128);
+      const MoeRouting routing{expert.get(), weight.get(), group.get(), order.get()};
+      CUDA_OK(MoeRoute(shape, logits.get(), routing, true, nullptr));
+      CUDA_OK(cudaDeviceSynchronize());
+      int active = 0;
+      for (const int4& g : group.Download()) active += g.x >= 0;
+      for (const bool up : {true, false}) {
+        const double bytes = double(active) * (up ? 4.0 : 2.0) * hidden * inter;
+        const Variant* list = up ? gate_up : down;
+        for (size_t i = 0; i < (up ? std::size(gate_up) : std::size(down)); ++i) {
+          const Variant& v = list[i];
+          const int rows = up ? inter : hidden;
+          if (rows % v.rows != 0) continue;
+          const LaunchShape launch = {.grid = dim3(rows / v.rows, ActiveMax(shape)), .block = dim3(kWarps * 32)};
+          const double seconds = TimeGraph([&](int call, cudaStream_t s) {
+            const __nv_bfloat16* w = up ? wg.get() + size_t(call % layers) * 128 * 2 * inter * hidden : wd.get() + size_t(call % layers) * 128 * inter * hidden;
+            CUDA_MUST(Launch(v.kernel, launch, s, shape, up ? x.get() : h.get(), w, routing, up ? h.get() : out.get()));
+          }, 8);
+          PrintRow(std::string(up ? "gate_up." : "down.") + model + ".tokens" + std::to_string(tokens) + "." + v.name, seconds, bytes);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace qwen::kernels::testing
