@@ -45,6 +45,14 @@ def even_layers(layers: int, stages: int) -> list[tuple[int, int]]:
     return out
 
 
+def check_deepstack(config: dict, ranges: list) -> None:
+    """The features of the vision tower are added after the first layers and do not travel: no pipeline takes another split."""
+    first = len(config.get("vision_config", {}).get("deepstack_visual_indexes", []))
+    if ranges[0][1] < first:
+        raise CheckpointError(f"stage 0 must hold the first {first} layers (DeepStack), not {ranges[0][0]}:{ranges[0][1]}; "
+                              "give --layers, or fewer --stages")
+
+
 def parse_layers(text: str, layers: int) -> list[tuple[int, int]]:
     """"0:24,24:48": contiguous, ascending, covering all layers, none empty."""
     ranges, expect = [], 0
@@ -124,6 +132,7 @@ def export(source: Path, out: Path, ranges: list | None = None, stages: int | No
         raise CheckpointError(f"model_type '{config.get('model_type')}' is none of {', '.join(shapes.FAMILIES)}")
     layers = shapes.text_config(config)["num_hidden_layers"]
     ranges = ranges or even_layers(layers, stages or 1)
+    check_deepstack(config, ranges)
     tied = shapes.is_tied(config)
     entries = checkpoint.open_checkpoint(source)
     per_stage = [[] for _ in ranges]
@@ -158,7 +167,8 @@ def main(argv: list) -> int:
     parser.add_argument("source", type=Path, help="checkpoint folder (config.json + safetensors)")
     parser.add_argument("--out", type=Path, required=True)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--stages", type=int, help="even split: the first layers %% stages stages get one more")
+    which.add_argument("--stages", type=int, help="even split: the first layers %% stages stages get one more "
+                                               "(balance: EvenLayers of a manifest)")
     which.add_argument("--layers", help="explicit ranges, e.g. 0:24,24:48,48:71,71:94 ('qwenctl plan' prints balanced ones)")
     parser.add_argument("--stage", type=int, help="write only this stage's folder")
     parser.add_argument("--weights-pt", action="store_true", help="also weights.pt in every stage's folder")

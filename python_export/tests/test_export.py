@@ -34,9 +34,13 @@ def all_tensors(directory) -> dict:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("stages", [1, 2, 5])
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_every_tensor_comes_out_with_the_bits_it_went_in(checkpoints, tmp_path, name, stages):
-    export.export(checkpoints[name], tmp_path, stages=stages)
+    layers = shapes.text_config(checkpoint.load_config(checkpoints[name]))["num_hidden_layers"]
+    first = min(3, layers - stages + 1)  # what DeepStack asks of stage 0
+    export.export(checkpoints[name], tmp_path,
+                  ranges=[(0, first)] + [(first + a, first + b) for a, b in export.even_layers(layers - first, stages - 1)]
+                  if stages > 1 else [(0, layers)])
     before, after = all_tensors(checkpoints[name]), all_tensors(tmp_path)
     assert before.keys() == after.keys()
     for key, value in before.items():
@@ -59,7 +63,7 @@ def test_each_stage_holds_only_its_own_layers_and_the_ends_their_extras(checkpoi
 
 
 def test_tied_embeddings_are_copied_to_the_last_stage(checkpoints, tmp_path):
-    tensor_map = export.export(checkpoints["vl-dense-tied"], tmp_path, stages=3)
+    tensor_map = export.export(checkpoints["vl-dense-tied"], tmp_path, ranges=[(0, 3), (3, 5), (5, 6)])
     key = "model.language_model.embed_tokens.weight"
     assert tensor_map[key] == {"file": "stage-00-of-03/model.safetensors", "stage": 0,
                                "copies": [{"file": "stage-02-of-03/model.safetensors", "stage": 2}]}
@@ -161,6 +165,14 @@ def test_the_even_split_gives_the_first_stages_the_extra_layer():
     # The shard table of the 235B model: 94 layers.
     assert export.even_layers(94, 4) == [(0, 24), (24, 48), (48, 71), (71, 94)]
     assert [b - a for a, b in export.even_layers(94, 8)] == [12] * 6 + [11] * 2
+
+
+def test_a_split_that_no_pipeline_takes_is_refused():
+    config = {"vision_config": {"deepstack_visual_indexes": [8, 16, 24]}}
+    export.check_deepstack(config, [(0, 3), (3, 8)])
+    export.check_deepstack({}, [(0, 1), (1, 2)])  # text alone: any split
+    with pytest.raises(checkpoint.CheckpointError, match="first 3 layers .DeepStack., not 0:2"):
+        export.check_deepstack(config, [(0, 2), (2, 8)])
 
 
 def test_a_key_of_another_family_stops_the_export(checkpoints, tmp_path):

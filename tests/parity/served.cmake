@@ -9,5 +9,6 @@ if(TARGET qwenctl AND TARGET qwen-head AND TARGET qwen-stage)
   qp_parity(served.bfloat16 SCRIPT e2e_parity.py TARGETS qwenctl
     ARGS --dtype bfloat16 --cases vl-moe-hub vl-dense moe-saved dense-bias --stages 2)
   qp_parity(served.concurrent SCRIPT concurrent_parity.py TARGETS qwenctl PROCESSORS 2)
+  qp_parity(served.exported SCRIPT commands_parity.py TARGETS qwenctl)
   qp_parity(served.digits SCRIPT digits_parity.py TARGETS qwenctl)
 endif()
