@@ -51,6 +51,11 @@ void Runner::Log(size_t child, const std::string& line) {
   std::fflush(options_.log);
 }
 
+void Runner::LogHeld() {
+  for (const auto& [child, line] : held_) Log(child, line);
+  held_.clear();
+}
+
 Status Runner::StartAll() {
   for (const plan::Process& process : options_.processes) {
     const std::string program = options_.bin_dir + "/" + process.program;
@@ -85,7 +90,12 @@ int Runner::Run() {
 
 void Runner::Handle(const ChildEvent& event) {
   if (event.kind == ChildEvent::Kind::kLine) {
-    Log(event.child, event.line);
+    if (question_.joinable() && phase_ == Phase::kServing && held_.size() < kHeldLinesMax) {
+      held_.emplace_back(event.child, event.line);  // a log line in the middle of the streamed answer would tear it
+    } else {
+      LogHeld();
+      Log(event.child, event.line);
+    }
     std::string& last = last_error_line_[event.child];
     if (event.line.find("ERROR") != std::string::npos || last.find("ERROR") == std::string::npos) last = event.line;
     return;
@@ -121,6 +131,7 @@ void Runner::HandleSignal() {
 }
 
 void Runner::Drain() {
+  LogHeld();
   const bool serving = phase_ == Phase::kServing;
   phase_ = Phase::kDraining;
   phase_since_ = Clock::now();
@@ -134,6 +145,7 @@ void Runner::Drain() {
 
 void Runner::Stop(Status why, int code) {
   if (phase_ == Phase::kStopping) return;
+  LogHeld();
   failure_ = std::move(why);
   exit_code_ = code;
   phase_ = Phase::kStopping;

@@ -13,6 +13,7 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "controller/ctl/children.h"
@@ -63,6 +64,7 @@ class Runner {
   void Drain();
   void Stop(Status why, int code);
   void Log(size_t child, const std::string& line);
+  void LogHeld();
   void Say(const std::string& line);
 
   const RunnerOptions options_;
@@ -73,6 +75,8 @@ class Runner {
   bool stages_told_ = false, killed_ = false;
   std::string last_progress_;
   std::vector<std::string> last_error_line_;  // per child: the last line that says ERROR, else the last line
+  static constexpr size_t kHeldLinesMax = 1000;
+  std::vector<std::pair<size_t, std::string>> held_;  // log lines that came while the question was being answered
   Status failure_;
   int exit_code_ = 0;
 
