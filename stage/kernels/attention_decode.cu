@@ -1,6 +1,7 @@
 #include <cooperative_groups.h>
 
 #include <cfloat>
+#include <type_traits>
 
 #include "stage/kernels/attention_decode.h"
 #include "stage/kernels/common/launch.cuh"
@@ -21,7 +22,7 @@ constexpr int kRows = 16;             // query heads of one kv head, padded
 constexpr int kStride = kHeadDim + 8; // bf16; 16 bytes of padding keep ldmatrix free of bank conflicts
 constexpr int kTileElements = kTileTokens * kStride;
 
-struct Shared {
+struct SharedSingle {
   __nv_bfloat16 q[kRows * kStride];
   __nv_bfloat16 new_k[kHeadDim], new_v[kHeadDim];
   union {
@@ -29,6 +30,8 @@ struct Shared {
     float partial[kWarps][kRows][kHeadDim];
   };
   float warp_max[kWarps][kRows], warp_sum[kWarps][kRows];
+};
+struct Shared : SharedSingle {
   float inbox[kRows * kHeadDim];  // (splits, share)
   float inbox_max[16][kRows], inbox_sum[16][kRows];
 };
@@ -36,15 +39,19 @@ struct Shared {
 __device__ __forceinline__ void ClusterStartedArrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void ClusterStartedWait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
-__global__ void __launch_bounds__(kWarps * 32) AttentionDecodeKernel(const AttentionDecodeArgs args) {
+// kSingle: one block does the whole context and needs no inbox, so that three share an SM: with short contexts most of a
+// block's life is finding its blocks, normalising and merging, and another block's loads fill that time.
+template <bool kSingle>
+__global__ void __launch_bounds__(kWarps * 32, kSingle ? 3 : 2) AttentionDecodeKernel(const AttentionDecodeArgs args) {
   extern __shared__ __align__(16) unsigned char raw[];
-  Shared& sm = *reinterpret_cast<Shared*>(raw);
+  using Memory = std::conditional_t<kSingle, SharedSingle, Shared>;
+  Memory& sm = *reinterpret_cast<Memory*>(raw);
   const cg::cluster_group cluster = cg::this_cluster();
-  const int splits = static_cast<int>(cluster.num_blocks()), split = static_cast<int>(cluster.block_rank());
+  const int splits = kSingle ? 1 : static_cast<int>(cluster.num_blocks()), split = kSingle ? 0 : static_cast<int>(cluster.block_rank());
   const int kv_head = blockIdx.y, token = blockIdx.z;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int group = args.heads / args.kv_heads;
-  ClusterStartedArrive();
+  if constexpr (!kSingle) ClusterStartedArrive();
   // Everything down to the wait reads only what was there before this step: lengths, block tables and older keys and values.
   const int context = args.context[token], length = context + 1;
   // Tiles of 16 tokens, dealt to (block, warp) in contiguous runs.
@@ -205,7 +212,7 @@ __global__ void __launch_bounds__(kWarps * 32) AttentionDecodeKernel(const Atten
   // Warps of this block, then blocks of the cluster, always in rank order. Each block finishes `share` elements of the output;
   // partial results are pushed into its shared memory, so that the last phase reads only its own.
   const int share = group * kHeadDim / splits;
-  ClusterStartedWait();  // nobody writes into a block that has not started
+  if constexpr (!kSingle) ClusterStartedWait();  // nobody writes into a block that has not started
   for (int i = threadIdx.x; i < group * kHeadDim; i += blockDim.x) {
     const int r = i / kHeadDim, d = i % kHeadDim;
     float top = -FLT_MAX, sum = 0.0f, value = 0.0f;
@@ -217,26 +224,32 @@ __global__ void __launch_bounds__(kWarps * 32) AttentionDecodeKernel(const Atten
       sum += scale * sm.warp_sum[w][r];
       value += scale * sm.partial[w][r][d];
     }
-    // To the block that finishes this element: its slot `split`.
-    const int owner = i / share;
-    cluster.map_shared_rank(sm.inbox, owner)[split * share + i % share] = value;
-    if (d == 0 || i % share == 0) {
-      cluster.map_shared_rank(&sm.inbox_max[0][0], owner)[split * kRows + r] = top;
-      cluster.map_shared_rank(&sm.inbox_sum[0][0], owner)[split * kRows + r] = sum;
+    if constexpr (kSingle) {
+      args.out[(static_cast<size_t>(token) * args.heads + kv_head * group + r) * kHeadDim + d] = __float2bfloat16_rn(value / sum);
+    } else {
+      // To the block that finishes this element: its slot `split`.
+      const int owner = i / share;
+      cluster.map_shared_rank(sm.inbox, owner)[split * share + i % share] = value;
+      if (d == 0 || i % share == 0) {
+        cluster.map_shared_rank(&sm.inbox_max[0][0], owner)[split * kRows + r] = top;
+        cluster.map_shared_rank(&sm.inbox_sum[0][0], owner)[split * kRows + r] = sum;
+      }
     }
   }
-  cluster.sync();
-  for (int i = threadIdx.x; i < share; i += blockDim.x) {
-    const int r = (split * share + i) / kHeadDim, d = (split * share + i) % kHeadDim;
-    float top = -FLT_MAX;
-    for (int s = 0; s < splits; ++s) top = fmaxf(top, sm.inbox_max[s][r]);
-    float sum = 0.0f, value = 0.0f;
-    for (int s = 0; s < splits; ++s) {
-      const float scale = exp2f(sm.inbox_max[s][r] - top);
-      sum += scale * sm.inbox_sum[s][r];
-      value += scale * sm.inbox[s * share + i];
+  if constexpr (!kSingle) {
+    cluster.sync();
+    for (int i = threadIdx.x; i < share; i += blockDim.x) {
+      const int r = (split * share + i) / kHeadDim, d = (split * share + i) % kHeadDim;
+      float top = -FLT_MAX;
+      for (int s = 0; s < splits; ++s) top = fmaxf(top, sm.inbox_max[s][r]);
+      float sum = 0.0f, value = 0.0f;
+      for (int s = 0; s < splits; ++s) {
+        const float scale = exp2f(sm.inbox_max[s][r] - top);
+        sum += scale * sm.inbox_sum[s][r];
+        value += scale * sm.inbox[s * share + i];
+      }
+      args.out[(static_cast<size_t>(token) * args.heads + kv_head * group + r) * kHeadDim + d] = __float2bfloat16_rn(value / sum);
     }
-    args.out[(static_cast<size_t>(token) * args.heads + kv_head * group + r) * kHeadDim + d] = __float2bfloat16_rn(value / sum);
   }
 }
 
@@ -250,8 +263,11 @@ cudaError_t AttentionDecode(const AttentionDecodeArgs& args, cudaStream_t stream
     while (splits < 16 && args.tokens * args.kv_heads * splits < 200) splits *= 2;
   }
   if (splits != 1 && splits != 2 && splits != 4 && splits != 8 && splits != 16) return cudaErrorInvalidValue;
-  const LaunchShape shape = {.grid = dim3(splits, args.kv_heads, args.tokens), .block = dim3(kWarps * 32), .shared_bytes = sizeof(Shared), .cluster_x = splits};
-  return Launch(AttentionDecodeKernel, shape, stream, args);
+  LaunchShape shape = {.grid = dim3(splits, args.kv_heads, args.tokens), .block = dim3(kWarps * 32), .shared_bytes = sizeof(SharedSingle)};
+  if (splits == 1) return Launch(AttentionDecodeKernel<true>, shape, stream, args);
+  shape.shared_bytes = sizeof(Shared);
+  shape.cluster_x = splits;
+  return Launch(AttentionDecodeKernel<false>, shape, stream, args);
 }
 
 }  // namespace qwen::kernels
