@@ -176,13 +176,15 @@ current-context: test
 
     # -- the API, only for readiness and fake nodes
 
-    def call(self, path, body=None, timeout=10):
+    def opener(self):
         context = ssl.create_default_context(cafile=self.pki / "ca.crt")
         context.load_cert_chain(self.pki / "admin.crt", self.pki / "admin.key")
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
+        return urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
+
+    def call(self, path, body=None, timeout=10):
         request = urllib.request.Request(self.server + path, data=None if body is None else json.dumps(body).encode(),
                                          headers={"Content-Type": "application/json"})
-        with opener.open(request, timeout=timeout) as answer:
+        with self.opener().open(request, timeout=timeout) as answer:
             return answer.read().decode()
 
     def wait(self, what, timeout_s, name, ready):
