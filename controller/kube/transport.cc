@@ -3,6 +3,7 @@
 //   - with set_response_stream a lost connection never wakes the reader; response.body() throws, so that is what is read.
 //   - getn(n) waits for n bytes; one byte is waited for and then what is there is taken.
 //   - an exception in a task that nobody looks at ends the process: every chain ends in a handler.
+//   - every connection gets all of the system's CAs (1 MB); with a CA of the cluster's they are thrown out again.
 //   - 40 threads by default; one per core is enough for what is only parsing HTTP.
 #include "controller/kube/transport.h"
 
@@ -144,6 +145,11 @@ class CpprestTransport final : public Transport {
 
   void SetUpTls(boost::asio::ssl::context& context) {
     boost::system::error_code error;
+    SSL_CTX_set_mode(context.native_handle(), SSL_MODE_RELEASE_BUFFERS);  // 34 kB less for every idle connection
+    if (!access_.ca_file.empty() || !access_.ca_pem.empty()) {
+      // The library has put all of the system's CAs in: 1 MB for every connection, and any of them could vouch for the server.
+      SSL_CTX_set_cert_store(context.native_handle(), X509_STORE_new());
+    }
     if (!access_.ca_file.empty()) {
       context.load_verify_file(access_.ca_file, error);
     } else if (!access_.ca_pem.empty()) {

@@ -2,7 +2,8 @@
 """A real Kubernetes control plane on loopback for tests: etcd, kube-apiserver, and on demand the controller manager,
 the scheduler and fake nodes (kube/fakelet.go). Each is its own process, so a test can kill or freeze one and keep the others.
 
-  cluster.py start DIR [--with NAME,...] [--apiserver-arg ARG]...   prints the path of a kubeconfig (cluster-admin)
+  cluster.py start DIR [--with NAME,...] [--apiserver-arg ARG]... [--owner PID]
+                                      prints the path of a kubeconfig (cluster-admin); stops when the process PID ends
   cluster.py stop DIR                                               ends what was started and removes DIR
   cluster.py kill|freeze|thaw|run DIR NAME                          one component: SIGKILL, SIGSTOP, SIGCONT, start again
   cluster.py nodes DIR COUNT                                        fake nodes of 16 GPUs each, waits until they are Ready
@@ -220,6 +221,21 @@ current-context: test
             self.wait("default ServiceAccount", START_TIMEOUT_S, "kube-controller-manager",
                       lambda: '"name":"default"' in self.call("/api/v1/namespaces/default/serviceaccounts").replace(" ", ""))
 
+    def stop_after(self, owner):
+        """A detached process that waits for `owner` to end: a test that is killed leaves nothing behind."""
+        born = self.birth(owner)
+        if os.fork():
+            return
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(null, stream)
+        while self.dir.exists():
+            if born is None or self.birth(owner) != born:
+                self.stop()
+            time.sleep(0.5)
+        os._exit(0)
+
     def stop(self):
         for name in reversed(ORDER):
             if self.dir.exists():
@@ -248,6 +264,7 @@ def main():
     parser.add_argument("argument", nargs="?", default="")
     parser.add_argument("--with", dest="extra", default="", help="components beside etcd and kube-apiserver, by commas")
     parser.add_argument("--apiserver-arg", action="append", default=[])
+    parser.add_argument("--owner", type=int)
     args = parser.parse_args()
     cluster = Cluster(args.dir)
     if args.verb == "stop":
@@ -257,7 +274,8 @@ def main():
         if not set(names) <= set(ORDER):
             fail(f"unknown component in --with {args.extra}")
         cluster.start(names, args.apiserver_arg)
-        return print(cluster.dir / "admin.kubeconfig")
+        print(cluster.dir / "admin.kubeconfig", flush=True)
+        return cluster.stop_after(args.owner) if args.owner else None
     if not cluster.state:
         fail(f"no cluster in {cluster.dir}")
     if args.verb == "env":

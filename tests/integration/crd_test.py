@@ -195,6 +195,7 @@ def main():
         cluster = kube.Cluster(os.path.join(folder, "cluster"))
         try:
             cluster.start([], [])
+            cluster.stop_after(os.getpid())
             suite = Suite(cluster)
             suite.run()
         finally:

@@ -36,7 +36,7 @@ std::string Run(const std::string& command) {
 
 class Cluster {
  public:
-  Cluster() : dir_(std::filesystem::temp_directory_path() / ("kube_integration." + std::to_string(getpid()))) { Do("start"); }
+  Cluster() : dir_(std::filesystem::temp_directory_path() / ("kube_integration." + std::to_string(getpid()))) { Do("start", "--owner " + std::to_string(getpid())); }
   ~Cluster() { Do("stop"); }
   void Do(const std::string& verb, const std::string& argument = "") {
     Run(std::string(QP_SOURCE_DIR "/tests/cluster/cluster.py ") + verb + " " + dir_.string() + " " + argument);
