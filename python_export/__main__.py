@@ -14,10 +14,12 @@ COMMANDS = {
 
 def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        print("usage: python -m python_export COMMAND [options]\n", file=sys.stderr)
+        asked = sys.argv[1:] in (["-h"], ["--help"])
+        out = sys.stdout if asked else sys.stderr
+        print("usage: python -m python_export COMMAND [options]\n", file=out)
         for name, what in COMMANDS.items():
-            print(f"  {name:10} {what}", file=sys.stderr)
-        return 2
+            print(f"  {name:10} {what}", file=out)
+        return 0 if asked else 2
     return importlib.import_module(f"python_export.{sys.argv[1]}").main(sys.argv[2:])
 
 

@@ -94,7 +94,7 @@ def test_served_answers_are_held_to_prompt_ids_length_and_tokens(golden):
 
 def test_every_split_is_every_composition_of_the_layers():
     assert sorted(split_parity.every_split(3)) == ["0:1,1:2,2:3", "0:1,1:3", "0:2,2:3", "0:3"]
-    assert len(set(split_parity.every_split(8))) == 2 ** 7
+    assert len(set(split_parity.every_split(8))) == 2 ** 7 and len(set(split_parity.every_split(8, 3))) == 2 ** 5
     assert list(split_parity.even_splits(3)) == ["0:3", "0:1,1:3", "0:1,1:2,2:3"]
 
 

@@ -67,7 +67,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         helps = {name: command(name, "--help") for name in COMMANDS}
-        expect("every command has its help", all(f"python_export {name}" in text for name, text in helps.items()))
+        expect("every command is listed and has its help",
+               all(name in command("--help") and f"python_export {name}" in text for name, text in helps.items()))
 
         command("export", CHECKPOINT, "--out", base / "export", "--layers", ",".join(f"{a}:{b}" for a, b in LAYERS))
         expect("the export validates", not json.loads(command("validate", base / "export"))["missing"])

@@ -2,8 +2,9 @@
 
 The measure is one stage that takes every prompt whole, all prompts in one batch (stage_parity.py holds that against
 transformers). Against it, for every tiny checkpoint named:
-  splits      every way to cut its L layers into 1 ... L stages, 2^(L-1) of them, also those where DeepStack's features must
-              travel: equal bits in every row of the residual stream and of the logits. In bfloat16 one even split for each S
+  splits      every way to cut its L layers into stages that a pipeline accepts (stage 0 holds the DeepStack layers), and an
+              even split for each number of stages from 1 to L, where DeepStack's features may have to travel: equal bits in
+              every row of the residual stream and of the logits. In bfloat16 the even ones
   company     every prompt alone, all in reverse order, KV blocks of 5 and of 64 tokens: equal bits
   chunks      prompts in chunks of 1, 2, 3, 5, 7, 13 and 29 tokens, on one stage and on as many as there are layers; and all
               prompts as one group of rows: equal greedy tokens (float32), logits within the tolerance
@@ -27,13 +28,14 @@ import parity_requests as cases  # noqa: E402
 from stage_parity import TOLERANCES, write_request  # noqa: E402
 
 STEPS, CHUNK_STEPS = 12, 64
+DEEPSTACK_LAYERS = 3
 CHUNKS = (1, 2, 3, 5, 7, 13, 29)
 
 
-def every_split(layers: int):
-    """All ascending ranges that cover [0, layers): a boundary, or none, at each of the layers - 1 places."""
-    for cuts in range(layers):
-        for places in itertools.combinations(range(1, layers), cuts):
+def every_split(layers: int, first: int = 1):
+    """All ascending ranges that cover [0, layers): a boundary, or none, at each place from `first` on."""
+    for cuts in range(layers - first + 1):
+        for places in itertools.combinations(range(first, layers), cuts):
             yield as_ranges([0, *places, layers])
 
 
@@ -100,7 +102,10 @@ def run_case(name: str, dtype: str, dumper: str, folder: Path) -> bool:
     def same_bits(expect: dict, request: Path, *flags):
         return lambda: different_bits(expect, run(request, *flags))
 
-    for ranges in every_split(layers) if dtype == "float32" else even_splits(layers):
+    splits = dict.fromkeys(even_splits(layers))
+    if dtype == "float32":
+        splits |= dict.fromkeys(every_split(layers, DEEPSTACK_LAYERS if oracle.vision else 1))
+    for ranges in splits:
         checks.append((f"split {ranges}", same_bits(measure, together, "--stages", ranges)))
     for p, golden in enumerate(goldens):
         alone = folder / f"alone{p}"
