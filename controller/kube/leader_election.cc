@@ -95,6 +95,10 @@ void LeaseElection::OnAnswer(int64_t now_micros, const Answer& answer) {
   RetryLater(now_micros);  // unknown: what was observed stays, and so does the time it was observed at
 }
 
+void LeaseElection::Learn(int64_t now_micros, const Answer& answer) {
+  if (answer.ok()) Observe(now_micros, answer.body);
+}
+
 Json LeaseElection::Release(int64_t unix_micros) {
   if (lease_.is_null() || holder_ != options_.identity) return nullptr;
   leader_until_micros_ = 0;
@@ -164,9 +168,15 @@ void LeaderElector::Stop() {
   if (!thread_.joinable()) return;
   thread_.request_stop();
   thread_.join();
-  if (Json lease = election_.Release(UnixMicros()); !lease.is_null()) {
+  // A second try when the stored version is another than ours: the answer to the last renewal may have been lost.
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    const Json lease = election_.Release(UnixMicros());
+    if (lease.is_null()) break;
     const Answer answer = client_.Update(resources::kLeases, lease);
-    if (!answer.ok()) log::Warning("lease was not given back; it expires", {{"error", answer.status().ToString()}});
+    if (answer.ok()) break;
+    log::Warning("lease was not given back", {{"lease", options_.lease.ToString()}, {"error", answer.status().ToString()}});
+    if (!answer.Conflict()) break;
+    election_.Learn(clock_.NowMicros(), client_.Get(resources::kLeases, options_.lease));
   }
   metrics_.Leader(options_.lease.name, false);
 }

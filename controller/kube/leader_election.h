@@ -49,6 +49,7 @@ class LeaseElection {
 
   // Gives the lease up, so that another takes it at once: the update to send, or null when it is not ours.
   Json Release(int64_t unix_micros);
+  void Learn(int64_t now_micros, const Answer& answer);  // the answer to a GET that Next did not ask for
 
   bool leading(int64_t now_micros) const { return now_micros < leader_until_micros_.load(); }
   int64_t leader_until_micros() const { return leader_until_micros_.load(); }  // 0: never led, or lost

@@ -140,6 +140,18 @@ TEST(LeaseElection, AReleasedLeaseIsTakenWithinARetry) {
   EXPECT_TRUE(a.election.Release(0).is_null()) << "what is not held is not released";
 }
 
+TEST(LeaseElection, ALeaseWhoseLastRenewalWasNotHeardOfIsReleasedAfterAnotherLook) {
+  Server server;
+  Replica a("a");
+  a.Run(server, 0);
+  server.Store(server.lease);  // the renewal that was committed, its answer lost
+  EXPECT_TRUE(server.Put(a.election.Release(0)).Conflict());
+  EXPECT_TRUE(a.election.Release(0).is_null());
+  a.election.Learn(1, server.Got());
+  EXPECT_TRUE(server.Put(a.election.Release(0)).ok());
+  EXPECT_EQ(server.lease["spec"]["holderIdentity"], "");
+}
+
 TEST(LeaseElection, AStolenLeaseEndsLeadershipAtTheNextRenewal) {
   Server server;
   Replica a("a");
