@@ -14,6 +14,7 @@
 #include "stage/kernels/embedding.h"
 #include "stage/kernels/moe_decode.h"
 #include "stage/kernels/moe_prefill.h"
+#include "stage/kernels/moe_stream.h"
 #include "stage/kernels/rms_norm.h"
 #include "stage/kernels/rope.h"
 
@@ -23,6 +24,7 @@ namespace {
 constexpr int64_t kDim = kernels::kHeadDim;
 constexpr int64_t kSkinny = kernels::kDecodeTokensMax;  // up to here own products, beyond it cuBLAS
 constexpr int64_t kFusedNorm = 2;                       // up to here every block of a product normalises for itself
+constexpr int64_t kStreamTokens = 128;                  // beyond it experts meet several tokens each: the streaming kernels
 constexpr int64_t kTableStrideMin = 16;
 // cuDNN's attention takes half the time of LibTorch's flash attention for a prompt without a prefix (2,048 tokens, 32:4
 // heads on an H200: 85 against 172 us), but makes a plan for every length, 60 ms each. So lengths are rounded up to these.
@@ -133,6 +135,7 @@ FusedStage::FusedStage(const contract::ModelShape& shape, const model::StageMode
       l.router = Find(tensors, p + "mlp.gate.weight").contiguous();
       l.gate_up = Find(tensors, p + "mlp.experts.gate_up_proj").contiguous();
       l.down = Find(tensors, p + "mlp.experts.down_proj").contiguous();
+      KERNEL(MakeMoeStreamWeights(MoeArgs(shape, 1), Bf16(l.gate_up), Bf16(l.down), &l.stream));
     } else {
       l.gate_up = Merge(tensors, {p + "mlp.gate_proj.weight", p + "mlp.up_proj.weight"});
       l.down = Find(tensors, p + "mlp.down_proj.weight").contiguous();
@@ -369,8 +372,13 @@ void FusedStage::DecodeMlp(const Layer& layer, int64_t tokens) {
     DecodeLinear(b.normed, layer.router, b.router_logits, tokens, nullptr);
   }
   KERNEL(MoeRoute(moe, Bf16(b.router_logits), routing, shape_.moe->norm_topk_prob, stream_));
-  KERNEL(MoeGateUp(moe, Bf16(b.normed), Bf16(layer.gate_up), routing, Bf16(b.active), stream_));
-  KERNEL(MoeDown(moe, Bf16(b.active), Bf16(layer.down), routing, Bf16(b.partial), stream_));
+  if (tokens > kStreamTokens) {
+    KERNEL(MoeStreamGateUp(moe, Bf16(b.normed), layer.stream, routing, Bf16(b.active), stream_));
+    KERNEL(MoeStreamDown(moe, Bf16(b.active), layer.stream, routing, Bf16(b.partial), stream_));
+  } else {
+    KERNEL(MoeGateUp(moe, Bf16(b.normed), Bf16(layer.gate_up), routing, Bf16(b.active), stream_));
+    KERNEL(MoeDown(moe, Bf16(b.active), Bf16(layer.down), routing, Bf16(b.partial), stream_));
+  }
   KERNEL(MoeCombine(moe, Bf16(b.partial), Bf16(b.hidden), Bf16(b.hidden), stream_));
 }
 

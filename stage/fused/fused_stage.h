@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "stage/contract/model_shape.h"
+#include "stage/kernels/moe_stream.h"
 #include "stage/model/stage_backend.h"
 #include "stage/model/stage_model.h"
 
@@ -44,6 +45,7 @@ class FusedStage final : public model::StageBackend {
     at::Tensor qkv, o;            // ((heads + 2 * kv_heads) * 128, H), (H, heads * 128)
     at::Tensor router;            // (experts, H); undefined in a dense layer
     at::Tensor gate_up, down;     // (experts, 2I, H), (experts, H, I); dense: (2I, H), (H, I)
+    kernels::MoeStreamWeights stream;  // how the streaming kernels find gate_up and down of a MoE layer
     at::Tensor k_cache, v_cache;  // (blocks, block_tokens, kv_heads, 128)
   };
   // What the kernels read of a plan. One pinned buffer and its copy on the device, so a step costs one transfer.

@@ -8,7 +8,7 @@ chmod +x "$cuobjdump"
 elfs=$("$cuobjdump" --list-elf "$1")
 echo "$elfs"
 grep -q 'sm_90a' <<<"$elfs" || { echo "no sm_90a code in $1"; exit 1; }
-for op in RmsNorm GatherRows RotaryTable RopeKvWrite MoePermute SiluMul MoePrefillCombine DecodeLinear MoeRoute MoeGateUp MoeDown MoeCombine AttentionDecode; do
+for op in MoeStreamGateUp MoeStreamDown MakeMoeStreamWeights RmsNorm GatherRows RotaryTable RopeKvWrite MoePermute SiluMul MoePrefillCombine DecodeLinear MoeRoute MoeGateUp MoeDown MoeCombine AttentionDecode; do
   nm -DC "$1" | grep -q " T qwen::kernels::$op(" || { echo "$op is not exported"; exit 1; }
 done
 if readelf -d "$1" | grep NEEDED | grep -qE 'torch|c10|python'; then echo "the kernels may not need torch"; exit 1; fi

@@ -1,6 +1,7 @@
 // Goal: which cut of the decode MoE kernels is fastest at which batch: the launch table of moe_decode.cu is read off these rows.
 // Includes the source itself, because only there the variants can be named.
 #include "stage/kernels/moe_decode.cu"
+#include "stage/kernels/moe_stream.h"
 #include "tests/kernels/harness.h"
 
 namespace qwen::kernels::testing {
@@ -22,11 +23,11 @@ TEST(MoeVariants, Speed) {
                           {"2,3,2,2", MoeDownKernel<2, 3, 2, 2>, 64}, {"4,3,1,2", MoeDownKernel<4, 3, 1, 2>, 32}, {"4,3,2,2", MoeDownKernel<4, 3, 2, 2>, 64},
                           {"4,2,1,3", MoeDownKernel<4, 2, 1, 3>, 32}, {"4,2,2,2", MoeDownKernel<4, 2, 2, 2>, 64}};
   for (const auto& [model, hidden, inter] : {std::tuple{"30b", 2048, 768}, std::tuple{"235b", 4096, 1536}}) {
-    const int layers = 2;
+    constexpr int layers = 2;
     DeviceBuffer<__nv_bfloat16> wg(size_t(layers) * 128 * 2 * inter * hidden), wd(size_t(layers) * 128 * inter * hidden);
     FillNoise(wg.get(), wg.count(), 0.02f, 1, nullptr);
     FillNoise(wd.get(), wd.count(), 0.02f, 2, nullptr);
-    for (const int tokens : {1, 8, 32, 64, 256}) {
+    for (const int tokens : {1, 8, 16, 32, 64, 128, 256}) {
       const MoeShapeArgs shape{tokens, hidden, inter, 128, 8};
       DeviceBuffer<__nv_bfloat16> x(size_t(tokens) * hidden), logits(size_t(tokens) * 128), h(size_t(tokens) * 8 * inter), out(size_t(tokens) * 8 * hidden), weight(size_t(tokens) * 8);
       FillNoise(x.get(), x.count(), 1.0f, 3, nullptr);
@@ -39,8 +40,16 @@ TEST(MoeVariants, Speed) {
       CUDA_OK(cudaDeviceSynchronize());
       int active = 0;
       for (const int4& g : group.Download()) active += g.x >= 0;
+      MoeStreamWeights streams[layers];
+      for (int l = 0; l < layers; ++l) {
+        CUDA_OK(MakeMoeStreamWeights(shape, wg.get() + size_t(l) * 128 * 2 * inter * hidden, wd.get() + size_t(l) * 128 * inter * hidden, &streams[l]));
+      }
       for (const bool up : {true, false}) {
         const double bytes = double(active) * (up ? 4.0 : 2.0) * hidden * inter;
+        const double streamed = TimeGraph([&](int call, cudaStream_t s) {
+          CUDA_MUST(up ? MoeStreamGateUp(shape, x.get(), streams[call % layers], routing, h.get(), s) : MoeStreamDown(shape, h.get(), streams[call % layers], routing, out.get(), s));
+        }, 8);
+        PrintRow(std::string(up ? "gate_up." : "down.") + model + ".tokens" + std::to_string(tokens) + ".stream", streamed, bytes);
         const Variant* list = up ? gate_up : down;
         for (size_t i = 0; i < (up ? std::size(gate_up) : std::size(down)); ++i) {
           const Variant& v = list[i];
