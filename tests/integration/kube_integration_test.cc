@@ -270,6 +270,24 @@ TEST(Scale, AThousandPodsArePostedInParallelAndHeldInLittleMemory) {
   EXPECT_TRUE(Within(30s, [&] { return informer.store().size() == 0; }));
 }
 
+// The library is said to leak in long runs; a controller reconnects its watches for months.
+TEST(Scale, ReconnectingAndAskingAThousandTimesLeavesNothingBehind) {
+  Kube kube(cluster->kubeconfig());
+  for (int i = 0; i < 5; ++i) kube.client->Apply(resources::kConfigMaps, ConfigMap("soak" + std::to_string(i), {{"value", "x"}}, {{"set", "soak"}}));
+  const auto round = [&] {
+    Informer<View> informer = ConfigMaps("set=soak");
+    informer.Start(*kube.transport, kube.clock, kube.metrics);
+    ASSERT_TRUE(informer.WaitForSync(20s));
+    for (int i = 0; i < 5; ++i) ASSERT_TRUE(kube.client->Get(resources::kConfigMaps, {"default", "soak" + std::to_string(i)}).ok());
+  };
+  for (int i = 0; i < 50; ++i) round();
+  const int64_t warm = RssKb();
+  for (int i = 0; i < 200; ++i) round();
+  const int64_t end = RssKb();
+  std::cout << "200 watches and 1,000 reads: RSS " << warm << " -> " << end << " kB" << std::endl;
+  EXPECT_LT(end - warm, 2048);
+}
+
 constexpr int64_t kSecond = 1'000'000;
 
 // One replica as a process: says "leading" and "lost" on its standard output, ends when its input does.
