@@ -14,6 +14,7 @@
 #include <thread>
 
 #include "controller/ctl/commands.h"
+#include "controller/ctl/gpus.h"
 #include "controller/ctl/manifest.h"
 #include "controller/ctl/runner.h"
 #include "controller/ctl/table.h"
@@ -122,6 +123,24 @@ Status Apply(const RunFlags& flags, api::Spec& spec) {
   return OkStatus();
 }
 
+// What only a run on this machine knows: each stage's GPU, and noise for weights.
+Status PlaceStages(const RunFlags& flags, const api::Spec& spec, std::vector<plan::Process>& processes) {
+  const bool cuda = spec.engine.device == api::Device::kCuda;
+  const std::vector<std::string> gpus = cuda ? UsableGpus(std::getenv("CUDA_VISIBLE_DEVICES")) : std::vector<std::string>();
+  if (cuda && gpus.empty()) return NotFoundError("no GPU here (/dev/nvidia0, CUDA_VISIBLE_DEVICES); --device cpu runs without");
+  size_t stage = 0;
+  for (plan::Process& process : processes) {
+    if (process.role != plan::Role::kStage) continue;
+    if (cuda) process.env["CUDA_VISIBLE_DEVICES"] = GpuOfStage(gpus, stage, processes.size() - 1);
+    if (flags.random_weights) {
+      process.args.push_back("--random-weights");
+      process.args.push_back(std::to_string(*flags.random_weights));
+    }
+    ++stage;
+  }
+  return OkStatus();
+}
+
 struct Question {
   Url api;
   std::string text, image, api_key, model;
@@ -191,6 +210,7 @@ Result<int> RunOrStatus(const RunFlags& flags) {
                             .log_level = flags.log_level};
   RunnerOptions options;
   ASSIGN_OR_RETURN(options.processes, plan::DesiredProcesses(pipeline, size, placement));
+  RETURN_IF_ERROR(PlaceStages(flags, pipeline.spec, options.processes));
   options.bin_dir = bin_dir;
   options.api = {.host = kHost, .port = api_port};
   options.metrics_ports = placement.metrics_ports;
@@ -247,6 +267,7 @@ void AddRun(CLI::App& app, int& exit_code) {
   command->add_option("--ask", flags->ask, "ask this question once it serves, print the answer and a table, then end");
   command->add_option("--image", flags->image, "picture that goes with --ask (PNG, JPEG, WebP)")->check(CLI::ExistingFile);
   command->add_option("--max-tokens", flags->max_tokens, "longest answer to --ask; default: the server's")->check(CLI::PositiveNumber);
+  command->add_option("--random-weights", flags->random_weights, "seed: noise instead of the checkpoint's weights, for measuring a shape");
   command->add_option("--bin-dir", flags->bin_dir, "folder of qwen-head and qwen-stage; default: qwenctl's own");
   command->add_option("--log-level", flags->log_level, "of all processes")->check(CLI::IsMember({"debug", "info", "warning", "error"}))->capture_default_str();
   command->add_option("--ready-timeout", flags->ready_timeout_seconds, "seconds until it must serve")->check(CLI::Range(1, 86400))->capture_default_str();

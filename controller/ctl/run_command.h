@@ -1,5 +1,6 @@
 // controller/ctl/run_command.h — from a manifest on disk to running local processes, and the report of `run --ask`.
 #pragma once
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
@@ -18,6 +19,7 @@ struct RunFlags {
   std::string ask;              // a question: ask it, print the answer and a table, end
   std::string image;            // a picture that goes with it
   int max_tokens = 0;           // of the answer; 0: the server's default
+  std::optional<uint64_t> random_weights;  // seed of noise instead of the checkpoint's weights
   std::string bin_dir;          // empty: where qwenctl itself lies
   std::string log_level = "info";
   int ready_timeout_seconds = 900;

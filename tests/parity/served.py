@@ -26,14 +26,14 @@ def manifest(checkpoint: Path, *, stages, dtype: str = "Auto", engine: dict | No
 class Pipeline:
     """with Pipeline(qwenctl, manifest) as p: p.post("/v1/completions", {...}); `spec`: a manifest, or the path of one"""
 
-    def __init__(self, qwenctl: str, spec: dict | Path):
+    def __init__(self, qwenctl: str, spec: dict | Path, flags: list[str] = ()):
         self.folder = tempfile.TemporaryDirectory()
         path = spec
         if isinstance(spec, dict):
             path = Path(self.folder.name) / "pipeline.yaml"
             path.write_text(json.dumps(spec))  # JSON is YAML
         self.log = open(Path(self.folder.name) / "log", "w+")
-        self.process = subprocess.Popen([qwenctl, "run", "-f", str(path), "--port", "0"], stdout=subprocess.PIPE,
+        self.process = subprocess.Popen([qwenctl, "run", "-f", str(path), "--port", "0", *flags], stdout=subprocess.PIPE,
                                         stderr=self.log, text=True)
         self.url = None
 
