@@ -36,7 +36,10 @@ std::string Run(const std::string& command) {
 
 class Cluster {
  public:
-  Cluster() : dir_(std::filesystem::temp_directory_path() / ("kube_integration." + std::to_string(getpid()))) { Do("start", "--owner " + std::to_string(getpid())); }
+  Cluster() : dir_(std::filesystem::temp_directory_path() / ("kube_integration." + std::to_string(getpid()))) { 
+    // Old versions are thrown away every 2 s instead of every 5 min, so that every test lives with what others meet in a long run.
+    Do("start", "--apiserver-arg=--etcd-compaction-interval=2s --owner " + std::to_string(getpid()));
+  }
   ~Cluster() { Do("stop"); }
   void Do(const std::string& verb, const std::string& argument = "") {
     Run(std::string(QP_SOURCE_DIR "/tests/cluster/cluster.py ") + verb + " " + dir_.string() + " " + argument);
@@ -200,6 +203,24 @@ TEST(Informer, GoesOnAfterTheApiServerWasKilledAndItsVersionHasExpired) {
   EXPECT_TRUE(Within(45s, [&] { return informer.store().Get({"default", "kill"})->value == "after"; }));
   const uint64_t seen = RevisionOf(StringAt(applied.body, "/metadata/resourceVersion"));
   EXPECT_GE(informer.store().seen_revision(), seen);
+}
+
+TEST(Client, APageOfACompactedVersionIsGone) {
+  Kube kube(cluster->kubeconfig());
+  for (int i = 0; i < 4; ++i) kube.client->Apply(resources::kConfigMaps, ConfigMap("page" + std::to_string(i), {{"value", "0"}}, {{"set", "page"}}));
+  const Selection selection{.namespace_name = "default", .label_selector = "set=page", .field_selector = {}};
+  const Answer first = kube.client->Do(ListRequest(resources::kConfigMaps, selection, 2, ""));
+  ASSERT_TRUE(first.ok());
+  const std::string token = StringAt(first.body, "/metadata/continue");
+  ASSERT_FALSE(token.empty());
+  int writes = 0;
+  Answer next;
+  EXPECT_TRUE(Within(30s, [&] {
+    kube.client->Apply(resources::kConfigMaps, ConfigMap("page0", {{"value", std::to_string(++writes)}}, {{"set", "page"}}));
+    next = kube.client->Do(ListRequest(resources::kConfigMaps, selection, 2, token));
+    return next.Gone();
+  })) << next.code << " " << next.message;
+  EXPECT_EQ(next.reason, "Expired");
 }
 
 TEST(Informer, NoticesAFrozenServerByItsSilenceAndCatchesUp) {
