@@ -1,7 +1,6 @@
 #include "stage/fused/fused_stage.h"
 
 #include <ATen/ATen.h>
-#include <ATen/cuda/CUDAContext.h>
 
 #include <algorithm>
 #include <bit>
@@ -80,8 +79,10 @@ at::Tensor Upload(const std::vector<T>& values, at::ScalarType type) {
 std::string FusedStage::Unfit(const contract::ModelShape& shape, const model::StageModelOptions& options) {
   if (!options.device.is_cuda()) return "device";
   if (options.dtype != at::kBFloat16) return "dtype";
-  const cudaDeviceProp* device = at::cuda::getDeviceProperties(options.device.has_index() ? options.device.index() : 0);
-  if (device->major != 9) return "GPU architecture";  // the kernels are sm_90a
+  int major = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, options.device.has_index() ? options.device.index() : 0) != cudaSuccess || major != 9) {
+    return "GPU architecture";  // the kernels are sm_90a
+  }
   if (shape.head_dim != kDim) return "head_dim";
   if (shape.attention_bias) return "attention_bias";
   if (shape.hidden % 256 != 0 || shape.hidden > 16384) return "hidden_size";
@@ -147,8 +148,15 @@ FusedStage::FusedStage(const contract::ModelShape& shape, const model::StageMode
   }
   inverse_ = rotary.inverse.contiguous();
   axis_ = rotary.axis.to(at::kInt).contiguous();
+  Must(cudaEventCreateWithFlags(&uploaded_, cudaEventDisableTiming), "event");
   AllocateDecode();
   PlanCudnn(options.max_batch_tokens);
+}
+
+FusedStage::~FusedStage() {
+  cudaStreamSynchronize(stream_);
+  for (const auto& [size, graph] : graphs_) cudaGraphExecDestroy(graph);
+  if (uploaded_ != nullptr) cudaEventDestroy(uploaded_);
 }
 
 // Rows past the sequence's end are other rows or zeros: the causal mask keeps them from every query that is read.
@@ -181,6 +189,7 @@ void FusedStage::AllocateDecode() {
   decode_.input = at::empty({rows, shape_.hidden}, bf16);
   decode_.hidden = at::empty({rows, shape_.hidden}, bf16);
   decode_.normed = at::empty({rows, shape_.hidden}, bf16);
+  decode_.product = at::empty({rows, shape_.hidden}, bf16);
   decode_.qkv = at::empty({rows, qkv}, bf16);
   decode_.attended = at::empty({rows, shape_.heads * kDim}, bf16);
   decode_.cos_sin = at::empty({rows, kDim}, bf16);
@@ -221,7 +230,7 @@ Result<model::StageOutput> FusedStage::Decode(const step::StepPlan& plan, const 
   int64_t stride = kTableStrideMin;
   for (const step::SequenceSpan& span : plan.spans) stride = std::max(stride, static_cast<int64_t>(span.blocks.size()));
   stride = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(stride)));
-  uploaded_.synchronize();  // the copy before has read the host buffer
+  Must(cudaEventSynchronize(uploaded_), "plan upload");  // the copy before has read the host buffer
   const Metadata meta = At(host_meta_.mutable_data_ptr<int32_t>());
   for (int64_t i = 0; i < tokens; ++i) {
     const step::SequenceSpan& span = plan.spans[static_cast<size_t>(i)];
@@ -234,19 +243,12 @@ Result<model::StageOutput> FusedStage::Decode(const step::StepPlan& plan, const 
   }
   const size_t bytes = static_cast<size_t>(5 * kDecodeBatchMax + tokens * stride) * sizeof(int32_t);
   Must(cudaMemcpyAsync(device_meta_.data_ptr(), host_meta_.data_ptr(), bytes, cudaMemcpyHostToDevice, stream_), "plan upload");
-  uploaded_.record(stream_);
+  Must(cudaEventRecord(uploaded_, stream_), "plan upload");
   if (!first_) decode_.input.narrow(0, 0, tokens).copy_(input.hidden, /*non_blocking=*/true);
 
-  std::unique_ptr<at::cuda::CUDAGraph>& graph = graphs_[{tokens, stride}];
-  if (!graph) {
-    EnqueueDecode(tokens, stride);  // once without capture: libraries load and set themselves up. Writes what the replay will.
-    auto captured = std::make_unique<at::cuda::CUDAGraph>();
-    captured->capture_begin(pool_, cudaStreamCaptureModeThreadLocal);  // other threads go on using CUDA
-    EnqueueDecode(tokens, stride);
-    captured->capture_end();
-    graph = std::move(captured);
-  }
-  graph->replay();
+  cudaGraphExec_t& graph = graphs_[{tokens, stride}];
+  if (graph == nullptr) graph = CaptureDecode(tokens, stride);
+  Must(cudaGraphLaunch(graph, stream_), "decode graph");
   model::StageOutput output;
   if (last_) {
     output.logits = decode_.logits.narrow(0, 0, tokens);
@@ -254,6 +256,26 @@ Result<model::StageOutput> FusedStage::Decode(const step::StepPlan& plan, const 
     output.activations.hidden = decode_.hidden.narrow(0, 0, tokens);
   }
   return output;
+}
+
+cudaGraphExec_t FusedStage::CaptureDecode(int64_t tokens, int64_t table_stride) {
+  EnqueueDecode(tokens, table_stride);  // once without capture: libraries load and allocate. Writes what the graph will write.
+  Must(cudaStreamSynchronize(stream_), "first decode");
+  Must(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capture");  // other threads go on using CUDA
+  cudaGraph_t captured = nullptr;
+  try {
+    EnqueueDecode(tokens, table_stride);
+  } catch (...) {
+    cudaStreamEndCapture(stream_, &captured);
+    if (captured != nullptr) cudaGraphDestroy(captured);
+    throw;
+  }
+  Must(cudaStreamEndCapture(stream_, &captured), "capture");
+  cudaGraphExec_t graph = nullptr;
+  const cudaError_t made = cudaGraphInstantiate(&graph, captured, 0);
+  cudaGraphDestroy(captured);
+  Must(made, "graph");
+  return graph;
 }
 
 // y = x W^T (+ residual), by whichever product is faster at this many rows.
@@ -275,9 +297,10 @@ void FusedStage::DecodeLinear(const at::Tensor& x, const at::Tensor& weight, at:
   if (residual == nullptr) {
     at::mm_out(out, rows, weight.t());
   } else {
-    at::Tensor sum = residual->narrow(0, 0, tokens);
-    sum.add_(at::mm(rows, weight.t()));
-    QP_CHECK(sum.data_ptr() == out.data_ptr());  // the residual stream is updated in place
+    QP_CHECK(residual->data_ptr() == y.data_ptr());  // the residual stream is updated in place
+    at::Tensor product = decode_.product.narrow(0, 0, tokens);
+    at::mm_out(product, rows, weight.t());
+    out.add_(product);
   }
 }
 

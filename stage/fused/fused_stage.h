@@ -8,9 +8,8 @@
 // Memory: decode keeps buffers for kDecodeBatchMax tokens; a prompt's intermediates come from LibTorch's allocator.
 #pragma once
 #include <ATen/core/Tensor.h>
-#include <ATen/cuda/CUDAEvent.h>
-#include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime.h>
 
 #include <map>
 #include <memory>
@@ -35,6 +34,8 @@ class FusedStage final : public model::StageBackend {
   // The first thing about `shape` that no kernel is made for; empty when all fits.
   static std::string Unfit(const contract::ModelShape& shape, const model::StageModelOptions& options);
 
+  ~FusedStage() override;
+
   bool TakesDecode(const step::StepPlan& plan) const override;
   Result<model::StageOutput> Decode(const step::StepPlan& plan, const model::StageActivations& input) override;
   Result<model::StageOutput> Prefill(const step::StepPlan& plan, model::StageActivations state, const at::Tensor& visual_rows) override;
@@ -54,6 +55,7 @@ class FusedStage final : public model::StageBackend {
   };
   struct DecodeBuffers {
     at::Tensor input, hidden, normed, qkv, attended, cos_sin, logits;      // rows: kDecodeBatchMax
+    at::Tensor product;                                                    // of cuBLAS, before it meets the residual
     at::Tensor router_logits, expert_of, weight_of, group, order, active, partial;  // MoE
     at::Tensor gate_up, dense;                                             // dense layers
   };
@@ -66,7 +68,8 @@ class FusedStage final : public model::StageBackend {
   at::Tensor CudnnAttention(const at::Tensor& qkv, int64_t begin, int64_t length) const;
   void PlanCudnn(int64_t tokens_max);
   Metadata At(int32_t* base) const;
-  void EnqueueDecode(int64_t tokens, int64_t table_stride);
+  cudaGraphExec_t CaptureDecode(int64_t tokens, int64_t table_stride);
+  void EnqueueDecode(int64_t tokens, int64_t table_stride);  // allocates nothing, so that it can be captured as it is
   void DecodeLinear(const at::Tensor& x, const at::Tensor& weight, at::Tensor& y, int64_t tokens, const at::Tensor* residual);
   void DecodeMlp(const Layer& layer, int64_t tokens);
   // Adds the block to `hidden` (in place) and returns it. `normed`: hidden after the post-attention norm.
@@ -85,9 +88,8 @@ class FusedStage final : public model::StageBackend {
 
   DecodeBuffers decode_;
   at::Tensor host_meta_, device_meta_;  // int32
-  const at::cuda::MempoolId_t pool_ = at::cuda::graph_pool_handle();  // one for all graphs: they never run at the same time
-  at::cuda::CUDAEvent uploaded_;        // the last copy of host_meta_
-  std::map<std::pair<int64_t, int64_t>, std::unique_ptr<at::cuda::CUDAGraph>> graphs_;  // by (tokens, table stride)
+  cudaEvent_t uploaded_ = nullptr;      // the last copy of host_meta_
+  std::map<std::pair<int64_t, int64_t>, cudaGraphExec_t> graphs_;  // by (tokens, table stride)
 };
 
 }  // namespace qwen::fused

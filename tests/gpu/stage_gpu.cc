@@ -5,7 +5,7 @@
 //   stage_gpu bench SHAPE  prefill and decode of a whole model of that shape on one GPU, or of layers A:B of it
 // JSON rows on stdout ({suite, case, unit, ours}), words on stderr.
 #include <ATen/ATen.h>
-#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAStream.h>
 #include <c10/core/InferenceMode.h>
 
 #include <chrono>
@@ -245,7 +245,7 @@ class Bench {
       const model::StageActivations input = Input(plan);
       const auto start = std::chrono::steady_clock::now();
       model_.Forward(plan, input);
-      at::cuda::getCurrentCUDAStream().synchronize();
+      c10::cuda::getCurrentCUDAStream().synchronize();
       if (repeat == 2) Row(name_ + ".prefill." + std::to_string(count) + "x" + std::to_string(prompt), "tok/s", count * prompt / Seconds(start));
     }
   }
@@ -260,7 +260,7 @@ class Bench {
       Mark("prefill", plan.token_count());
       cudaProfilerStart();
       model_.Forward(plan, Input(plan));
-      at::cuda::getCurrentCUDAStream().synchronize();
+      c10::cuda::getCurrentCUDAStream().synchronize();
       cudaProfilerStop();
     }
     profile_ = true;
@@ -296,7 +296,7 @@ class Bench {
         if (i == 0) plan.starts.push_back({.sequence = static_cast<step::SequenceId>(s), .slot = s, .params = {.temperature = 0.0f}});
       }
       const model::StageActivations input = Input(plan);
-      at::cuda::getCurrentCUDAStream().synchronize();
+      c10::cuda::getCurrentCUDAStream().synchronize();
       if (profile_ && i == kWarm) {
         Mark("decode", batch);
         cudaProfilerStart();
@@ -308,7 +308,7 @@ class Bench {
         QP_CHECK(result.ok()) << result.status().ToString();
         for (int s = 0; s < batch; ++s) next[static_cast<size_t>(s)] = result->samples[static_cast<size_t>(s)].token;
       } else {
-        at::cuda::getCurrentCUDAStream().synchronize();
+        c10::cuda::getCurrentCUDAStream().synchronize();
       }
       if (profile_ && i == kWarm) cudaProfilerStop();
       if (i >= kWarm) times.push_back(Seconds(start));
