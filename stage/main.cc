@@ -56,6 +56,8 @@ void AddFlags(CLI::App& app, Flags& f) {
   app.add_option("--dtype", f.compute.dtype, "of weights, activations and KV cache")->check(CLI::IsMember({"auto", "float32", "bfloat16"}));
   app.add_option("--backend", f.compute.backend, "on a GPU: auto (kernels where they fit the shape) or reference (ATen operators alone)")
       ->check(CLI::IsMember({"auto", "reference"}));
+  app.add_option("--edges", f.compute.edges, "how hidden states travel: auto (NCCL on a GPU, else TCP), nccl (every stage has its own GPU) or tcp")
+      ->check(CLI::IsMember({"auto", "nccl", "tcp"}));
   app.add_option("--random-weights", f.compute.random_seed, "seed: noise instead of the checkpoint's weights, for measuring; config and tokenizer are still read");
   app.add_option("--block-tokens", f.compute.block_tokens, "tokens of a KV block; the same on all stages")->check(CLI::Range(1, 256));
   app.add_option("--kv-blocks", f.compute.kv_blocks, "KV blocks; 0: what the free memory holds")->check(CLI::NonNegativeNumber);

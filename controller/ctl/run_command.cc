@@ -128,10 +128,19 @@ Status PlaceStages(const RunFlags& flags, const api::Spec& spec, std::vector<pla
   const bool cuda = spec.engine.device == api::Device::kCuda;
   const std::vector<std::string> gpus = cuda ? UsableGpus(std::getenv("CUDA_VISIBLE_DEVICES")) : std::vector<std::string>();
   if (cuda && gpus.empty()) return NotFoundError("no GPU here (/dev/nvidia0, CUDA_VISIBLE_DEVICES); --device cpu runs without");
+  const size_t stages = processes.size() - 1;
+  if (cuda && gpus.size() < stages && spec.transport.type == api::TransportType::kNccl)
+    return InvalidArgumentError("spec.transport.type: NCCL needs a GPU for each of " + std::to_string(stages) + " stages, here are " + std::to_string(gpus.size()));
   size_t stage = 0;
   for (plan::Process& process : processes) {
     if (process.role != plan::Role::kStage) continue;
-    if (cuda) process.env["CUDA_VISIBLE_DEVICES"] = GpuOfStage(gpus, stage, processes.size() - 1);
+    if (cuda) {
+      process.env["CUDA_VISIBLE_DEVICES"] = GpuOfStage(gpus, stage, stages);
+      if (gpus.size() < stages && spec.transport.type == api::TransportType::kAuto) {
+        process.args.push_back("--edges");  // NCCL does not connect two stages on one GPU
+        process.args.push_back("tcp");
+      }
+    }
     if (flags.random_weights) {
       process.args.push_back("--random-weights");
       process.args.push_back(std::to_string(*flags.random_weights));

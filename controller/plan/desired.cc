@@ -57,9 +57,11 @@ Process Stage(const api::QwenPipeline& pipeline, const PipelineSize& size, const
   const bool cpu = spec.engine.device == api::Device::kCpu;
   const auto stages = static_cast<int32_t>(size.stages.size());
   Arguments args;
-  args.Add("--model", placement.model_dir).Add("--index", index).Add("--stages", stages).Add("--layers", ToString(size.stages[index].layers));
+  args.Add("--model", placement.model_dir).Add("--index", index).Add("--stages", stages);
+  if (const contract::LayerRange layers = size.stages[index].layers; layers.count() > 0) args.Add("--layers", ToString(layers));
   args.Add("--head", placement.head_address).Add("--data-listen", placement.data_listen).Add("--data-advertise", placement.data_advertise);
   args.Add("--device", cpu ? "cpu" : "cuda").Add("--dtype", DtypeFlag(spec.model.dtype));
+  if (!cpu && spec.transport.type != api::TransportType::kAuto) args.Add("--edges", spec.transport.type == api::TransportType::kTcp ? "tcp" : "nccl");
   AddLimits(args, spec.engine, size);
   args.Add("--kv-blocks", size.kv_blocks).Add("--metrics-port", placement.metrics_ports[index]);
   args.Add("--pipeline-uid", placement.pipeline_uid).Add("--secret-file", placement.secret_file);
@@ -81,8 +83,8 @@ Process Stage(const api::QwenPipeline& pipeline, const PipelineSize& size, const
 
 Result<std::vector<Process>> DesiredProcesses(const api::QwenPipeline& pipeline, const PipelineSize& size, const Placement& placement) {
   QP_CHECK_EQ(placement.metrics_ports.size(), size.stages.size());
-  if (pipeline.spec.transport.type == api::TransportType::kNccl)
-    return UnimplementedError("spec.transport.type: NCCL is not offered by this build of qwen-stage; use Auto or TCP");
+  if (pipeline.spec.transport.type == api::TransportType::kNccl && pipeline.spec.engine.device == api::Device::kCpu)
+    return InvalidArgumentError("spec.transport.type: NCCL connects GPUs, and spec.engine.device is Cpu");
   if (pipeline.spec.stages.gpus_per_stage != 1)
     return UnimplementedError("spec.stages.gpusPerStage: only 1 is offered by this build of qwen-stage");
   std::vector<Process> processes{Head(pipeline, size, placement)};

@@ -36,6 +36,7 @@ class FusedStage final : public model::StageBackend {
 
   ~FusedStage() override;
 
+  void* stream() const override { return stream_.stream(); }
   bool TakesDecode(const step::StepPlan& plan) const override;
   Result<model::StageOutput> Decode(const step::StepPlan& plan, const model::StageActivations& input) override;
   Result<model::StageOutput> Prefill(const step::StepPlan& plan, model::StageActivations state, const at::Tensor& visual_rows) override;

@@ -23,6 +23,8 @@ class StageBackend {
  public:
   virtual ~StageBackend() = default;
 
+  // The stream on which it computes (a cudaStream_t).
+  virtual void* stream() const = 0;
   // Whether Decode takes the plan: one token of each sequence, each sampled, no pictures.
   virtual bool TakesDecode(const step::StepPlan& plan) const = 0;
   // The whole step: on stage 0 `input` is empty and the backend embeds; on the last stage the output is logits

@@ -78,6 +78,7 @@ class StageModel {
   step::ActivationSizes activation_sizes() const;
   int64_t vision_tokens() const { return vision_tokens_; }
   bool fused() const { return backend_ != nullptr; }  // runs on options().backend
+  void* stream() const { return backend_ ? backend_->stream() : nullptr; }  // of the device; null: its default one
 
  private:
   StageModel(const contract::ModelShape& shape, const StageModelOptions& options);

@@ -200,6 +200,16 @@ class TcpReceiver final : public EdgeReceiver {
   Status aborted_;  // guarded by mutex_
 };
 
+class TcpTransport final : public EdgeTransport {
+ public:
+  Result<std::unique_ptr<EdgeSender>> MakeSender(Socket socket, const EdgeIdentity& identity, OnTransfer on_transfer, Deadline, const Interrupt&) override {
+    return std::unique_ptr<EdgeSender>(new TcpSender(std::move(socket), identity.epoch, std::move(on_transfer)));
+  }
+  Result<std::unique_ptr<EdgeReceiver>> MakeReceiver(Socket socket, const EdgeIdentity& identity, OnTransfer on_transfer, Deadline, const Interrupt&) override {
+    return std::unique_ptr<EdgeReceiver>(new TcpReceiver(std::move(socket), identity.epoch, std::move(on_transfer)));
+  }
+};
+
 // One dial: connect, answer the challenge, hear the verdict.
 Result<Socket> DialOnce(const Endpoint& endpoint, const Secret& secret, const EdgeIdentity& identity, Deadline deadline,
                         const Interrupt& interrupt) {
@@ -236,6 +246,11 @@ Result<Socket> DialOnce(const Endpoint& endpoint, const Secret& secret, const Ed
 }
 
 }  // namespace
+
+EdgeTransport& TcpEdges() {
+  static TcpTransport transport;  // stateless
+  return transport;
+}
 
 std::array<std::byte, kEdgeHeaderBytes> EncodeEdgeHeader(uint64_t epoch, uint64_t step, uint64_t bytes) {
   std::string text;
@@ -317,22 +332,23 @@ Status EdgeListener::Admit(Socket& socket, const EdgeIdentity& identity, Deadlin
 }
 
 Result<std::unique_ptr<EdgeReceiver>> EdgeListener::Accept(const EdgeIdentity& identity, OnTransfer on_transfer, Deadline deadline,
-                                                           const Interrupt& interrupt) {
+                                                           const Interrupt& interrupt, EdgeTransport& transport) {
   for (;;) {
     ASSIGN_OR_RETURN(Socket socket, listener_.Accept(deadline, interrupt));
     const Status admitted = Admit(socket, identity, std::min(deadline, DeadlineIn(kIdentifyTimeout)), interrupt);
-    if (admitted.ok()) return std::unique_ptr<EdgeReceiver>(new TcpReceiver(std::move(socket), identity.epoch, std::move(on_transfer)));
+    if (admitted.ok()) return transport.MakeReceiver(std::move(socket), identity, std::move(on_transfer), deadline, interrupt);
     if (interrupt.triggered()) return CancelledError("interrupted");
     log::Warning("edge dial refused", {{"peer", socket.peer()}, {"reason", admitted.ToString()}});
   }
 }
 
 Result<std::unique_ptr<EdgeSender>> DialEdge(const Endpoint& endpoint, const Secret& secret, const EdgeIdentity& identity,
-                                             OnTransfer on_transfer, Deadline deadline, const Interrupt& interrupt) {
+                                             OnTransfer on_transfer, Deadline deadline, const Interrupt& interrupt,
+                                             EdgeTransport& transport) {
   for (auto backoff = std::chrono::microseconds(kDialBackoffMin);; backoff = std::min<std::chrono::microseconds>(backoff * 2, kDialBackoffMax)) {
     auto socket = DialOnce(endpoint, secret, identity, deadline, interrupt);
     if (socket.ok()) {
-      return std::unique_ptr<EdgeSender>(new TcpSender(std::move(socket).value(), identity.epoch, std::move(on_transfer)));
+      return transport.MakeSender(std::move(socket).value(), identity, std::move(on_transfer), deadline, interrupt);
     }
     const StatusCode code = socket.status().code();
     // kDataLoss and kInternal too: the port may for a moment belong to somebody else while the stage restarts.

@@ -56,6 +56,19 @@ struct EdgeIdentity {
 // On the sender's own thread, or inside Receive.
 using OnTransfer = std::function<void(size_t bytes, std::chrono::duration<double> time)>;
 
+// What makes an edge out of a connection whose two ends have proved who they are. TCP sends the activations over it. NCCL
+// (nccl_edge.h) agrees over it on a communicator and then watches it: that the other end is gone shows there first.
+// Thread safety: one thread.
+class EdgeTransport {
+ public:
+  virtual ~EdgeTransport() = default;
+  virtual Result<std::unique_ptr<EdgeSender>> MakeSender(Socket socket, const EdgeIdentity& identity, OnTransfer on_transfer, Deadline deadline,
+                                                         const Interrupt& interrupt) = 0;
+  virtual Result<std::unique_ptr<EdgeReceiver>> MakeReceiver(Socket socket, const EdgeIdentity& identity, OnTransfer on_transfer, Deadline deadline,
+                                                             const Interrupt& interrupt) = 0;
+};
+EdgeTransport& TcpEdges();
+
 // The receiving end: listens for the life of the process, accepts one connection per epoch. Thread safety: one thread.
 class EdgeListener {
  public:
@@ -63,7 +76,7 @@ class EdgeListener {
   // Waits for the previous stage's dial of exactly `identity`. Dials of older epochs are told that they are stale, of
   // newer ones to try again, wrong secrets and other stages to go away; none of them ends the wait.
   Result<std::unique_ptr<EdgeReceiver>> Accept(const EdgeIdentity& identity, OnTransfer on_transfer, Deadline deadline,
-                                               const Interrupt& interrupt);
+                                               const Interrupt& interrupt, EdgeTransport& transport = TcpEdges());
   uint16_t port() const { return listener_.port(); }
 
  private:
@@ -77,7 +90,8 @@ class EdgeListener {
 // The sending end. Tries again with back-off (20 ms … 1 s) while the next stage is not there yet, until `deadline`.
 // kFailedPrecondition when it says that this epoch is over, kUnauthenticated when the secrets differ.
 Result<std::unique_ptr<EdgeSender>> DialEdge(const Endpoint& endpoint, const Secret& secret, const EdgeIdentity& identity,
-                                             OnTransfer on_transfer, Deadline deadline, const Interrupt& interrupt);
+                                             OnTransfer on_transfer, Deadline deadline, const Interrupt& interrupt,
+                                             EdgeTransport& transport = TcpEdges());
 
 // The message on a TCP edge (docs/wire.md "Edge"): header, payload, u32 crc32c of the payload. All little-endian.
 //   u32 magic 0x31455751 ("QWE1") | u32 version | u64 epoch | u64 step | u64 bytes | u32 crc32c of the 32 bytes before

@@ -43,6 +43,15 @@ const model::StageBackendFactory* OpenBackend() {
   return get != nullptr ? get() : nullptr;
 }
 
+// Edges of GPU memory, out of the library that knows NCCL.
+Result<std::unique_ptr<transport::EdgeTransport>> OpenNccl(void* stream) {
+  void* library = dlopen("libqwen_nccl.so", RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) return UnavailableError(std::string("edges nccl: ") + dlerror());
+  const auto make = reinterpret_cast<transport::EdgeTransport* (*)(void*)>(dlsym(library, "qwen_nccl_edges"));
+  if (make == nullptr) return UnavailableError(std::string("edges nccl: ") + dlerror());
+  return std::unique_ptr<transport::EdgeTransport>(make(stream));
+}
+
 // Free bytes of the device's memory; -1 when the system does not say.
 int64_t FreeBytes(const at::Device& device) {
   if (device.is_cuda()) {
@@ -63,9 +72,28 @@ int64_t FreeBytes(const at::Device& device) {
 
 class ModelCompute final : public StageCompute {
  public:
-  ModelCompute(std::unique_ptr<model::StageModel> model, const transport::StageCapacity& capacity)
-      : model_(std::move(model)), capacity_(capacity) {
+  // `edges`: of device memory, or null for TCP and host memory.
+  ModelCompute(std::unique_ptr<model::StageModel> model, const transport::StageCapacity& capacity, std::unique_ptr<transport::EdgeTransport> edges)
+      : model_(std::move(model)), capacity_(capacity), edges_(std::move(edges)) {
     Reset();
+    if (!edges_) return;
+    // The largest plan's activations, allocated once: NCCL may still read a buffer when the next plan is looked at.
+    const auto allocate = [&](int32_t layer) {
+      const step::ActivationSizes sizes = model_->activation_sizes();
+      const int64_t taps = std::max<int64_t>(0, sizes.deepstack_taps - layer);
+      const int64_t bytes = int64_t{capacity_.max_batch_tokens} * sizes.hidden * sizes.element_bytes * (1 + taps);
+      return at::empty({2, bytes}, at::TensorOptions().dtype(at::kByte).device(model_->options().device));
+    };
+    if (!model_->first()) device_input_ = allocate(model_->options().layers.begin);
+    if (!model_->last()) device_output_ = allocate(model_->options().layers.end);
+  }
+
+  transport::EdgeTransport& edges() override { return edges_ ? *edges_ : StageCompute::edges(); }
+  std::span<std::byte> InputBuffer(uint64_t step, size_t bytes) override {
+    return edges_ ? Half(device_input_, step, bytes) : StageCompute::InputBuffer(step, bytes);
+  }
+  std::span<std::byte> OutputBuffer(uint64_t step, size_t bytes) override {
+    return edges_ ? Half(device_output_, step, bytes) : StageCompute::OutputBuffer(step, bytes);
   }
 
   transport::StageCapacity capacity() const override { return capacity_; }
@@ -83,7 +111,10 @@ class ModelCompute final : public StageCompute {
                  std::vector<step::SampledToken>& samples) override {
     try {
       ASSIGN_OR_RETURN(model::StageOutput output, model_->Forward(plan, Unpack(plan, in)));
-      if (!model_->last()) return Pack(output.activations, out);
+      if (!model_->last()) {
+        if (edges_) return PackDevice(output.activations, out);
+        return Pack(output.activations, out);
+      }
       ASSIGN_OR_RETURN(step::StepResult result, sampler_->Step(plan, output.logits));
       samples = std::move(result.samples);
       return OkStatus();
@@ -93,13 +124,37 @@ class ModelCompute final : public StageCompute {
   }
 
  private:
-  // Views on `in` for the CPU, copies for a GPU. `in` outlives the call, and the model keeps nothing of its input.
+  static std::span<std::byte> Half(const at::Tensor& buffers, uint64_t step, size_t bytes) {
+    QP_CHECK_LE(bytes, static_cast<size_t>(buffers.size(1)));
+    return {static_cast<std::byte*>(buffers[static_cast<int64_t>(step % 2)].data_ptr()), bytes};
+  }
+
+  // Into device memory, in the order of the compute stream; then waits for the GPU, so that a step that hangs or fails does
+  // so here, under the watchdog's eyes.
+  Status PackDevice(const model::StageActivations& activations, std::span<std::byte> out) const {
+    int64_t at = 0;
+    const at::Tensor target = at::from_blob(out.data(), {static_cast<int64_t>(out.size())}, at::TensorOptions().dtype(at::kByte).device(model_->options().device));
+    for (const at::Tensor& tensor : {activations.hidden, activations.deepstack}) {
+      if (!tensor.defined()) continue;
+      const auto bytes = static_cast<int64_t>(tensor.nbytes());
+      QP_CHECK_LE(at + bytes, target.size(0));
+      target.narrow(0, at, bytes).view(tensor.scalar_type()).view(tensor.sizes()).copy_(tensor);
+      at += bytes;
+    }
+    QP_CHECK_EQ(at, target.size(0));
+    const auto synchronize = reinterpret_cast<int (*)(void*)>(dlsym(RTLD_DEFAULT, "cudaStreamSynchronize"));
+    if (synchronize == nullptr || synchronize(model_->stream()) != 0) return InternalError("the GPU failed in a step");
+    return OkStatus();
+  }
+
+  // Views on `in` for the CPU and for device memory, copies for a GPU behind TCP. `in` outlives the call, and the model keeps nothing of its input.
   model::StageActivations Unpack(const step::StepPlan& plan, std::span<const std::byte> in) const {
     if (model_->first()) return {};
     const auto shape = step::ActivationsBefore(model_->options().layers.begin, plan, model_->activation_sizes());
     QP_CHECK_EQ(static_cast<int64_t>(in.size()), shape.total_bytes());
     const int64_t hidden = model_->shape().hidden;
-    const auto options = at::TensorOptions().dtype(model_->options().dtype);
+    auto options = at::TensorOptions().dtype(model_->options().dtype);
+    if (edges_) options = options.device(model_->options().device);
     auto* bytes = const_cast<std::byte*>(in.data());  // from_blob has no const form; the model does not write to its input
     model::StageActivations activations;
     activations.hidden = at::from_blob(bytes, {shape.tokens, hidden}, options).to(model_->options().device);
@@ -126,6 +181,8 @@ class ModelCompute final : public StageCompute {
 
   const std::unique_ptr<model::StageModel> model_;
   const transport::StageCapacity capacity_;
+  const std::unique_ptr<transport::EdgeTransport> edges_;
+  at::Tensor device_input_, device_output_;  // (2, bytes) each, with edges_
   std::optional<sampling::Sampler> sampler_;  // last stage
 };
 
@@ -184,7 +241,11 @@ Result<std::unique_ptr<StageCompute>> LoadModelCompute(weights::Checkpoint* chec
                                           .max_batch_tokens = options.max_batch_tokens,
                                           .max_sequence_tokens = sizing.max_sequence_tokens,
                                           .weight_bytes = weight_bytes};
-  return std::unique_ptr<StageCompute>(new ModelCompute(std::move(model), capacity));
+  std::unique_ptr<transport::EdgeTransport> edges;
+  if (device.is_cuda() && options.stages > 1 && options.edges != "tcp") {
+    ASSIGN_OR_RETURN(edges, OpenNccl(model->stream()));
+  }
+  return std::unique_ptr<StageCompute>(new ModelCompute(std::move(model), capacity, std::move(edges)));
 }
 
 }  // namespace qwen::worker

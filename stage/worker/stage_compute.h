@@ -14,6 +14,7 @@
 #include "stage/step/activation_shape.h"
 #include "stage/step/step_plan.h"
 #include "stage/step/step_result.h"
+#include "stage/transport/edge.h"
 #include "stage/transport/message.h"
 
 namespace qwen::worker {
@@ -26,6 +27,13 @@ class StageCompute {
   virtual step::ActivationSizes activation_sizes() const = 0;
   virtual int32_t vocab_size() const = 0;
 
+  // How its activations travel, and the buffers of `bytes` that they are received into and sent from: two of each, by the
+  // parity of `step`. Host memory and TCP unless the compute says otherwise (device memory and NCCL). The result of an
+  // earlier call with the same parity is void.
+  virtual transport::EdgeTransport& edges() { return transport::TcpEdges(); }
+  virtual std::span<std::byte> InputBuffer(uint64_t step, size_t bytes) { return Host(input_[step % 2], bytes); }
+  virtual std::span<std::byte> OutputBuffer(uint64_t step, size_t bytes) { return Host(output_[step % 2], bytes); }
+
   // A new epoch: KV content, vision features and sampler slots are void.
   virtual void Reset() = 0;
   // Stage 0 only: runs the vision tower and keeps the features until a plan releases them.
@@ -36,6 +44,13 @@ class StageCompute {
   // kInternal means the device or a library failed: the process ends. Anything else ends the epoch only.
   virtual Status Forward(const step::StepPlan& plan, std::span<const std::byte> in, std::span<std::byte> out,
                          std::vector<step::SampledToken>& samples) = 0;
+
+ private:
+  static std::span<std::byte> Host(std::vector<std::byte>& buffer, size_t bytes) {
+    buffer.resize(bytes);
+    return buffer;
+  }
+  std::vector<std::byte> input_[2], output_[2];
 };
 
 using LoadProgress = std::function<void(int64_t bytes_done, int64_t bytes_total)>;

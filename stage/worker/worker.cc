@@ -360,33 +360,34 @@ Status Worker::BuildEdges(const Target& target) {
   };
   if (options_.stage > 0) {
     ASSIGN_OR_RETURN(receiver_, edge_listener_->Accept(identity(options_.stage - 1), [this](size_t bytes, auto time) { metrics_.Received(bytes, time); },
-                                                       transport::kNoDeadline, *target.over));
+                                                       transport::kNoDeadline, *target.over, compute_->edges()));
   }
   if (options_.stage + 1 < options_.stages) {
     ASSIGN_OR_RETURN(const transport::Endpoint next, transport::ParseEndpoint(target.assemble.next_address));
     ASSIGN_OR_RETURN(sender_, transport::DialEdge(next, options_.secret, identity(options_.stage), [this](size_t bytes, auto time) { metrics_.Sent(bytes, time); },
-                                                  transport::kNoDeadline, *target.over));
+                                                  transport::kNoDeadline, *target.over, compute_->edges()));
   }
   return OkStatus();
 }
 
 Status Worker::Execute(const step::StepPlan& plan) {
   const step::ActivationSizes sizes = compute_->activation_sizes();
-  in_.resize(receiver_ ? static_cast<size_t>(step::ActivationsBefore(options_.layers.begin, plan, sizes).total_bytes()) : 0);
-  out_.resize(sender_ ? static_cast<size_t>(step::ActivationsBefore(options_.layers.end, plan, sizes).total_bytes()) : 0);
+  const auto bytes = [&](int32_t layer) { return static_cast<size_t>(step::ActivationsBefore(layer, plan, sizes).total_bytes()); };
+  const std::span<std::byte> in = receiver_ ? compute_->InputBuffer(plan.step, bytes(options_.layers.begin)) : std::span<std::byte>();
+  const std::span<std::byte> out = sender_ ? compute_->OutputBuffer(plan.step, bytes(options_.layers.end)) : std::span<std::byte>();
   if (receiver_) {
     SetPhase(Phase::kReceiving);
-    RETURN_IF_ERROR(receiver_->Receive(plan.step, in_));
+    RETURN_IF_ERROR(receiver_->Receive(plan.step, in));
   }
   SetPhase(Phase::kComputing);
   const auto start = std::chrono::steady_clock::now();
   step::StepResult result{.epoch = plan.epoch, .step = plan.step, .samples = {}};
-  RETURN_IF_ERROR(compute_->Forward(plan, in_, out_, result.samples).WithContext("step " + std::to_string(plan.step)));
+  RETURN_IF_ERROR(compute_->Forward(plan, in, out, result.samples).WithContext("step " + std::to_string(plan.step)));
   metrics_.Step(IsDecode(plan), std::chrono::steady_clock::now() - start);
   metrics_.KvBlocksUsed(DistinctBlocks(plan, compute_->capacity().block_count));
   if (sender_) {
     SetPhase(Phase::kSending);
-    RETURN_IF_ERROR(sender_->Send(plan.step, out_));
+    RETURN_IF_ERROR(sender_->Send(plan.step, out));
   }
   steps_done_.fetch_add(1);
   if (options_.stage + 1 < options_.stages) return OkStatus();

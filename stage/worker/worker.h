@@ -146,7 +146,6 @@ class Worker {
   std::unique_ptr<StageCompute> compute_;
   std::unique_ptr<transport::EdgeSender> sender_;      // to the next stage; null on the last
   std::unique_ptr<transport::EdgeReceiver> receiver_;  // from the previous; null on stage 0
-  std::vector<std::byte> in_, out_;
 
   // Control thread only.
   bool welcomed_once_ = false;

@@ -67,7 +67,7 @@ def main() -> int:
     parser.add_argument("--output", type=int, default=128)
     args = parser.parse_args()
     qwenctl = str(args.bin / "qwenctl")
-    wrong = []
+    wrong, alone = [], {}  # alone: stages -> tokens of a few prompts, one at a time
 
     def row(case, unit, value):
         print(json.dumps({"suite": "serve", "case": case, "unit": unit, "ours": value}), flush=True)
@@ -91,7 +91,11 @@ def main() -> int:
                                                              "temperature": 0, "ignore_eos": True, "return_token_ids": True})
                     return body["choices"][0]["token_ids"], body["usage"]["completion_tokens"]
 
-                generate(0)
+                alone[stages] = [generate(seed)[0] for seed in range(4)]
+                same = sum(a == b for a, b in zip(alone[stages], next(iter(alone.values()))))
+                row(f"{args.shape}.stages{stages}.same_tokens_as_first_split", "of 4", same)
+                if same < 4:
+                    wrong.append(f"{4 - same} answers on {stages} stages differ")
                 for clients in map(int, args.clients.split(",")):
                     with ThreadPoolExecutor(clients) as pool:
                         start = time.monotonic()

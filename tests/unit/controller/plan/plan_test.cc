@@ -164,13 +164,29 @@ TEST(Desired, ListedStagesKeepTheirNamesLayersAndEnvironment) {
   EXPECT_EQ(Value((*processes)[2], "--kv-blocks"), "0");
 }
 
+TEST(Desired, EdgesAreAsTheManifestSays) {
+  api::QwenPipeline pipeline;
+  pipeline.spec = SpecOf(2);
+  const auto size = SizePipeline(pipeline.spec, Shape235B(), std::nullopt);
+  const auto has_edges = [&] {
+    const auto processes = DesiredProcesses(pipeline, *size, Local(2));
+    const std::vector<std::string>& args = (*processes)[1].args;
+    return std::find(args.begin(), args.end(), "--edges") != args.end() ? Value((*processes)[1], "--edges") : std::string("left to the stage");
+  };
+  EXPECT_EQ(has_edges(), "left to the stage");
+  pipeline.spec.transport.type = api::TransportType::kNccl;
+  EXPECT_EQ(has_edges(), "nccl");
+  pipeline.spec.transport.type = api::TransportType::kTcp;
+  EXPECT_EQ(has_edges(), "tcp");
+  pipeline.spec.transport.type = api::TransportType::kNccl;
+  pipeline.spec.engine.device = api::Device::kCpu;
+  EXPECT_EQ(DesiredProcesses(pipeline, *size, Local(2)).status().code(), StatusCode::kInvalidArgument);
+}
+
 TEST(Desired, WhatThisBuildDoesNotOfferIsSaid) {
   api::QwenPipeline pipeline;
   pipeline.spec = SpecOf(2);
   const auto size = SizePipeline(pipeline.spec, Shape235B(), std::nullopt);
-  pipeline.spec.transport.type = api::TransportType::kNccl;
-  EXPECT_EQ(DesiredProcesses(pipeline, *size, Local(2)).status().code(), StatusCode::kUnimplemented);
-  pipeline.spec.transport.type = api::TransportType::kAuto;
   pipeline.spec.stages.gpus_per_stage = 2;
   EXPECT_NE(DesiredProcesses(pipeline, *size, Local(2)).status().message().find("spec.stages.gpusPerStage"), std::string::npos);
 }
