@@ -16,7 +16,8 @@ CTEST_ARGS ?=
 SITE = $$(cmake/deps.sh env | sed -n 's/^TORCH_SITE=//p')
 ORACLE = $$(cmake/deps.sh env | sed -n 's/^ORACLE_PYTHON=//p')
 KUBE = $$(cmake/deps.sh env | sed -n 's/^KUBE_BIN=//p')
-configure = cmake --preset $(1) -DTORCH_SITE="$(SITE)" -DORACLE_PYTHON="$(ORACLE)" -DKUBE_BIN="$(KUBE)" >build/$(1).log 2>&1 || { cat build/$(1).log; exit 1; }
+HELM = $$(cmake/deps.sh env | sed -n 's/^HELM_BIN=//p')
+configure = cmake --preset $(1) -DTORCH_SITE="$(SITE)" -DORACLE_PYTHON="$(ORACLE)" -DKUBE_BIN="$(KUBE)" -DHELM_BIN="$(HELM)" >build/$(1).log 2>&1 || { cat build/$(1).log; exit 1; }
 
 .PHONY: help deps deps-test build run test build-sanitized build-fuzz bench format clean
 help:  ## this text
@@ -36,7 +37,7 @@ run: build  ## start the demo pipeline (1 head + 4 stages on the CPU) and ask it
 	@build/bin/qwenctl run -f $(MANIFEST) --ask "$(QUESTION)" --image $(PICTURE)
 
 deps-test: deps
-	@cmake/deps.sh full oracle kube
+	@cmake/deps.sh full oracle kube helm
 
 build-sanitized: deps
 	@echo "[build] head, engine and transport under ThreadSanitizer"

@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
 """The chart in a real API server (tests/cluster): installed, upgraded with another CRD, uninstalled, installed again; what its
-ServiceAccount may do, verb by verb over every resource that the server knows; its pod under the restricted Pod Security Standard.
-No node and no controller runs, so nothing waits for pods.
+ServiceAccount may do, verb by verb over every resource that the server knows; its pod under the restricted Pod Security Standard; and
+the operator itself, started with the Deployment's arguments and a token of its ServiceAccount, at work with no other right than those.
+No node and no controller manager runs, so nothing waits for pods.
+
+  install_test.py [QWEN_CONTROLLER]
 """
 import concurrent.futures
 import copy
@@ -25,15 +28,15 @@ import cluster as kube  # noqa: E402
 
 VERBS = ["get", "list", "watch", "create", "update", "patch", "delete", "deletecollection"]
 OWNED = {"get", "list", "watch", "create", "patch", "delete"}
-# All that the operator may do in a namespace of pipelines: controller/kube's informers (list, watch), server-side apply (patch; create
-# when the object is new), deletion of what it made. (group, resource): verbs
+# All that the operator may do in a namespace of pipelines: informers (list, watch), server-side apply (patch; create when the object is
+# new), deletion of what it made. (group, resource): verbs
 OPERATES = {
     ("qwenpipeline.dev", "qwenpipelines"): {"get", "list", "watch"},
     ("qwenpipeline.dev", "qwenpipelines/status"): {"patch"},
     ("qwenpipeline.dev", "qwenpipelines/finalizers"): {"update"},
-    ("", "pods"): OWNED,
-    ("", "services"): OWNED,
-    ("", "secrets"): {"get", "create", "patch"},
+    ("", "pods"): {"get", "list", "watch", "create", "delete"},
+    ("", "services"): {"get", "list", "watch", "create", "patch"},
+    ("", "secrets"): {"list", "watch", "create"},
     ("", "persistentvolumeclaims"): {"get", "list"},
     ("networking.k8s.io", "networkpolicies"): OWNED,
     ("policy", "poddisruptionbudgets"): OWNED,
@@ -167,12 +170,84 @@ def check_rights(checks, server):
     checks.that("which nobody else got with it", not wrong, wrong)
 
     as_operator = {"Impersonate-User": f"system:serviceaccount:{own}"}
-    for method, path, status in [("GET", "/api/v1/namespaces/team-a/pods", 200), ("GET", "/api/v1/namespaces/team-a/secrets", 403),
+    for method, path, status in [("GET", "/api/v1/namespaces/team-a/pods", 200), ("GET", "/api/v1/namespaces/team-a/secrets/x", 403),
                                  ("GET", "/api/v1/nodes", 403), ("GET", "/apis/qwenpipeline.dev/v1alpha1/qwenpipelines", 200),
                                  ("DELETE", "/apis/qwenpipeline.dev/v1alpha1/namespaces/team-a/qwenpipelines/digits", 403),
                                  ("DELETE", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/qwenpipelines.qwenpipeline.dev", 403)]:
         got, answer = server.call(method, path, headers=as_operator)
         checks.that(f"{method} {path} as the operator is answered {status}", got == status, answer.get("message"))
+
+
+def check_operator(checks, server, program, folder):
+    """qwen-controller as its pod would run it: whatever right or flag is missing or misspelt shows here."""
+    _, token = server.kubectl("create", "token", "demo-qwen-pipeline", "-n", "operators")
+    config = yaml.safe_load(Path(server.config).read_text())
+    config["users"][0]["user"] = {"token": token.strip()}
+    config["contexts"][0]["context"]["namespace"] = "operators"  # in a pod: the ServiceAccount's
+    (Path(folder) / "operator.kubeconfig").write_text(yaml.safe_dump(config))
+    _, deployment = server.call("GET", "/apis/apps/v1/namespaces/operators/deployments/demo-qwen-pipeline")
+    container = deployment["spec"]["template"]["spec"]["containers"][0]
+    port, = kube.free_ports(1)
+    arguments = [f"--metrics-port={port}" if a.startswith("--metrics-port=") else a for a in container["args"]]
+    server.apply({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default", "namespace": "team-a"}})  # the controller manager's task
+    log = Path(folder) / "operator.log"
+    with log.open("w") as out:
+        process = subprocess.Popen([program, *arguments, "--kubeconfig", str(Path(folder) / "operator.kubeconfig")], stdout=out, stderr=out,
+                                   env={**os.environ, "QWEN_POD_NAME": "operator-0"})
+
+    def until(ready, seconds=30):
+        for _ in range(seconds * 5):
+            if process.poll() is not None:
+                return False
+            if ready():
+                return True
+            time.sleep(0.2)
+        return False
+
+    def answers(probe):
+        try:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            connection.request("GET", container[probe]["httpGet"]["path"])
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
+    try:
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            checks.that(f"the operator answers its {probe}", until(lambda: answers(probe)), log.read_text()[-2000:])
+        pipeline = {"apiVersion": "qwenpipeline.dev/v1alpha1", "kind": "QwenPipeline", "metadata": {"name": "p", "namespace": "team-a"},
+                    "spec": {"model": {"id": "m", "source": {"persistentVolumeClaim": {"claimName": "weights"}}}, "stages": {"count": 2}}}
+        status, text = server.apply(pipeline)
+        checks.that("takes a pipeline", status == 0, text)
+        pods = "/api/v1/namespaces/team-a/pods?labelSelector=qwenpipeline.dev/pipeline%3Dp"
+        made = until(lambda: len(server.call("GET", pods)[1]["items"]) == 3)
+        items = server.call("GET", pods)[1]["items"]
+        checks.that("makes a head and two stages where the restricted standard is enforced", made, log.read_text()[-2000:])
+        ports = {p["name"] for i in items for p in i["spec"]["containers"][0]["ports"]}
+        checks.that("with the ports that the PodMonitor scrapes", {"api", "metrics"} <= ports, ports)
+        images = {i["spec"]["containers"][0]["image"] for i in items}
+        checks.that("of the images that the chart says", images == {"localhost/qwen-head:0.1.0", "localhost/qwen-stage:0.1.0"}, images)
+        path = "/apis/qwenpipeline.dev/v1alpha1/namespaces/team-a/qwenpipelines/p"
+        checks.that("says so in the status", until(lambda: server.call("GET", path)[1].get("status", {}).get("conditions")), log.read_text()[-2000:])
+        events = "/apis/events.k8s.io/v1/namespaces/team-a/events"
+        checks.that("and in events", until(lambda: server.call("GET", events)[1]["items"]), log.read_text()[-2000:])
+        holder = server.call("GET", "/apis/coordination.k8s.io/v1/namespaces/operators/leases/qwen-controller")[1].get("spec", {}).get("holderIdentity", "")
+        checks.that("holds the lease by its pod's name", holder.startswith("operator-0"), holder)
+        first = items[0]["metadata"]["name"] if items else ""
+        server.call("DELETE", f"/api/v1/namespaces/team-a/pods/{first}", {"gracePeriodSeconds": 0})
+        checks.that("replaces a pod that is lost", until(lambda: len([i for i in server.call("GET", pods)[1]["items"] if i["metadata"]["name"] != first
+                                                                     and not i["metadata"].get("deletionTimestamp")]) == 3), log.read_text()[-2000:])
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    text = log.read_text()
+    checks.that("was never forbidden anything", "orbidden" not in text and "403" not in text, [l for l in text.splitlines() if "orbidden" in l or "403" in l][:5])
+    checks.that("ends when it is told to", process.returncode == 0, text[-2000:])
+    lease = server.call("GET", "/apis/coordination.k8s.io/v1/namespaces/operators/leases/qwen-controller")[1]["spec"]
+    checks.that("and gives the lease back", not lease.get("holderIdentity"), lease)
 
 
 def check_upgrade(checks, server, install, folder):
@@ -185,13 +260,22 @@ def check_upgrade(checks, server, install, folder):
     (newer / "files/qwenpipeline.yaml").write_text(text.replace("                replicas:\n", "                addedLater: {type: string, default: new}\n"
                                                                 "                replicas:\n", 1))
     checks.that("the newer CRD differs", (newer / "files/qwenpipeline.yaml").read_text() != text)
+    path = "/apis/qwenpipeline.dev/v1alpha1/namespaces/team-a/qwenpipelines/digits"
+
+    def spec_when(ready):  # a changed schema reaches the server's handlers a moment after it is stored
+        for _ in range(100):
+            spec = server.call("GET", path)[1].get("spec", {})
+            if ready(spec):
+                break
+            time.sleep(0.2)
+        return spec
     status, text = install("operators", "demo", newer)
     checks.that("upgrades to a newer CRD", status == 0, text)
-    _, pipeline = server.call("GET", "/apis/qwenpipeline.dev/v1alpha1/namespaces/team-a/qwenpipelines/digits")
-    checks.that("whose new field the server fills in", pipeline["spec"].get("addedLater") == "new", pipeline["spec"])
+    spec = spec_when(lambda s: "addedLater" in s)
+    checks.that("whose new field the server fills in", spec.get("addedLater") == "new", spec)
     status, text = install("operators", "demo", CHART)
-    _, pipeline = server.call("GET", "/apis/qwenpipeline.dev/v1alpha1/namespaces/team-a/qwenpipelines/digits")
-    checks.that("and goes back", status == 0 and "addedLater" not in pipeline["spec"], text)
+    spec = spec_when(lambda s: "addedLater" not in s)
+    checks.that("and goes back", status == 0 and "model" in spec and "addedLater" not in spec, f"{text} {spec}")
 
 
 def check_uninstall(checks, server, install, helm_with):
@@ -254,6 +338,8 @@ def main():
             check_install(checks, server, install)
             check_pod(checks, server)
             check_rights(checks, server)
+            for program in sys.argv[1:]:
+                check_operator(checks, server, program, folder)
             check_upgrade(checks, server, install, folder)
             check_uninstall(checks, server, install, helm_with)
             check_one_namespace(checks, server, install)
