@@ -11,6 +11,7 @@ import copy
 import http.client
 import json
 import os
+import re
 import shutil
 import ssl
 import subprocess
@@ -250,6 +251,15 @@ def check_operator(checks, server, program, folder):
     checks.that("and gives the lease back", not lease.get("holderIdentity"), lease)
 
 
+def check_documents(checks, server):
+    """Every YAML block of the documents about clusters is taken by a server that has the chart."""
+    blocks = [(name, block) for name in ("install.md", "security.md") for block in re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / name).read_text(), re.M | re.S)]
+    for name, block in blocks:
+        status, text = server.kubectl("apply", "--dry-run=server", "--validate=strict", "-n", "team-a", "-f", "-", stdin=block)
+        checks.that(f"takes what docs/{name} says: {', '.join(d['kind'] for d in yaml.safe_load_all(block))}", status == 0 and "Warning" not in text, text)
+    checks.that("in all four objects", sum(len(list(yaml.safe_load_all(block))) for _, block in blocks) == 4)
+
+
 def check_upgrade(checks, server, install, folder):
     """Another version of the CRD comes with an upgrade; `helm upgrade` of a chart with crds/ would leave the old one."""
     status, text = server.kubectl("apply", "-n", "team-a", "-f", str(ROOT / "docs/examples/digits.yaml"))
@@ -340,6 +350,7 @@ def main():
             check_rights(checks, server)
             for program in sys.argv[1:]:
                 check_operator(checks, server, program, folder)
+            check_documents(checks, server)
             check_upgrade(checks, server, install, folder)
             check_uninstall(checks, server, install, helm_with)
             check_one_namespace(checks, server, install)

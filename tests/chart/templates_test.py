@@ -8,6 +8,7 @@ import copy
 import difflib
 import json
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -182,6 +183,20 @@ def check_dashboard(checks, rendered):
         checks.that(f"promtool parses the {len(rules)} expressions of its panels", status == 0, out + err)
 
 
+def check_documents(checks):
+    """`helm upgrade --install NAME CHART ...` as the documents say it, rendered: its values exist, and what it is about comes out."""
+    for path in sorted((CHART.parents[1] / "docs").glob("*.md")):
+        text = path.read_text().replace("\\\n", " ")
+        for command in re.findall(r"^helm upgrade --install (.+)$", text, re.M):
+            words = [w for w in shlex.split(command) if w not in ("--create-namespace", "--reuse-values")]
+            words[1] = str(CHART.parents[1] / words[1])
+            status, out, err = helm("template", *words, "--api-versions", MONITORING)
+            kinds = {d["kind"] for d in documents(out)} if status == 0 else set()
+            wanted = {"Deployment"} | ({"PodMonitor", "PrometheusRule", "ConfigMap"} if "monitoring" in command else set())
+            checks.that(f"{path.name}: helm upgrade --install {command[:60]}...", wanted <= kinds, err or kinds)
+            yield path.name
+
+
 def main():
     checks, rendered = Checks(), {}
     status, out, err = helm("lint", "--strict", CHART)
@@ -210,6 +225,7 @@ def main():
     check_crd(checks, rendered)
     check_alerts(checks, rendered)
     check_dashboard(checks, rendered)
+    checks.that("docs/install.md installs and watches", list(check_documents(checks)).count("install.md") == 2)
     return checks.end()
 
 
