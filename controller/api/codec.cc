@@ -253,6 +253,10 @@ Result<QwenPipeline> ParsePipeline(std::string_view text) {
     o.Nested("transport", false, [&](Object& transport) { transport.Enum("type", kTransports, spec.transport.type); });
     o.Nested("engine", false, [&](Object& engine) { ParseEngine(engine, spec.engine); });
     o.Nested("server", false, [&](Object& server) { ParseServer(server, spec.server); });
+    o.Nested("restart", false, [&](Object& restart) {
+      restart.Integer("budget", spec.restart.budget, 0, 1000);
+      restart.Integer("backoffSeconds", spec.restart.backoff_seconds, 1, 3600);
+    });
     o.Integer("replicas", spec.replicas, 0, 1000);
     o.Bool("suspend", spec.suspend);
     if (spec.engine.device == Device::kCpu && spec.transport.type == TransportType::kNccl) o.Problem("transport", "type NCCL needs spec.engine.device Cuda");
@@ -296,6 +300,7 @@ std::string PipelineToJson(const QwenPipeline& p) {
   if (s.server.api_keys.secret_name) server["apiKeys"]["secretName"] = *s.server.api_keys.secret_name;
   if (s.server.api_keys.file) server["apiKeys"]["file"] = *s.server.api_keys.file;
   for (const std::string& host : s.server.allowed_image_hosts) server["allowedImageHosts"].push_back(host);
+  json["spec"]["restart"] = {{"budget", s.restart.budget}, {"backoffSeconds", s.restart.backoff_seconds}};
   json["spec"]["replicas"] = s.replicas;
   json["spec"]["suspend"] = s.suspend;
   return json.dump(2);

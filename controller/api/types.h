@@ -74,6 +74,12 @@ struct Server {
   int32_t drain_timeout_seconds = 60;
 };
 
+// What a group's failures cost. A group that was ready for 10 minutes begins anew.
+struct Restart {
+  int32_t budget = 5;            // failures after which the group is given up, its pods kept for a look
+  int32_t backoff_seconds = 10;  // before the second restart, then doubled up to 5 min; the first is at once
+};
+
 struct Metadata {
   std::string name;
   std::string namespace_name = "default";
@@ -85,6 +91,7 @@ struct Spec {
   Transport transport;
   Engine engine;
   Server server;
+  Restart restart;
   int32_t replicas = 1;  // whole pipelines
   bool suspend = false;
 };

@@ -83,4 +83,17 @@ Result<PipelineSize> SizePipeline(const api::Spec& spec, const contract::ModelSh
   return size;
 }
 
+Result<PipelineSize> UnsizedPipeline(const api::Spec& spec) {
+  if (spec.stages.count && spec.stages.balance != contract::BalancePolicy::kTime)
+    return InvalidArgumentError("spec.stages.balance: in a cluster only Time shares out a count; give stages.list its layers for anything else");
+  PipelineSize size;
+  size.block_tokens = spec.engine.block_tokens;
+  size.max_model_len = spec.model.max_model_len.value_or(0);
+  size.stages.resize(static_cast<size_t>(spec.stages.size()));
+  for (size_t k = 0; k < spec.stages.list.size(); ++k) size.stages[k].layers = spec.stages.list[k].layers;
+  if (spec.engine.kv_cache_tokens) size.kv_blocks = BlocksOf(*spec.engine.kv_cache_tokens, size.block_tokens);
+  if (size.kv_blocks > INT32_MAX) return InvalidArgumentError("spec.engine.kvCacheTokens: more than 2^31 blocks");
+  return size;
+}
+
 }  // namespace qwen::plan

@@ -51,4 +51,9 @@ struct PipelineSize {
 // the model. What merely does not fit into the memory is a value (fits()).
 Result<PipelineSize> SizePipeline(const api::Spec& spec, const contract::ModelShape& shape, std::optional<int64_t> stage_memory);
 
+// The same when the checkpoint is out of sight, as it is for the operator: its pods read config.json themselves. A counted
+// stage has no layers here and plans its own (by time); KV blocks are the manifest's, or 0; max_model_len 0 is the model's, or
+// what fits. kInvalidArgument names what only somebody who sees the checkpoint could share out.
+Result<PipelineSize> UnsizedPipeline(const api::Spec& spec);
+
 }  // namespace qwen::plan

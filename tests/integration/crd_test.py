@@ -85,6 +85,8 @@ CASES = [
     ("fewer tokens a step than sequences", {"spec.engine": {"maxBatchTokens": 128}}, r"spec\.engine\.maxBatchTokens.*at least maxSequences"),
     ("blockTokens 0", {"spec.engine": {"blockTokens": 0}}, r"spec\.engine\.blockTokens.*greater than or equal to 1"),
     ("port 65536", {"spec.server": {"port": 65536}}, r"spec\.server\.port.*less than or equal to 65535"),
+    ("a restart budget below 0", {"spec.restart": {"budget": -1}}, r"spec\.restart\.budget.*greater than or equal to 0"),
+    ("no back-off", {"spec.restart": {"backoffSeconds": 0}}, r"spec\.restart\.backoffSeconds.*greater than or equal to 1"),
     ("replicas -1", {"spec.replicas": -1}, r"spec\.replicas.*greater than or equal to 0"),
     ("a 41-letter name", {"metadata.name": "q" * 41}, r"metadata\.name must be at most 40 characters"),
     ("a name with a dot", {"metadata.name": "a.b"}, r"metadata\.name must be lower-case letters"),
@@ -97,6 +99,7 @@ DEFAULTS = {
     "transport": {"type": "Auto"},
     "engine": {"device": "Cuda", "blockTokens": 16, "maxBatchTokens": 2048, "maxSequences": 256, "queueLimit": 1024},
     "server": {"port": 8000, "drainTimeoutSeconds": 60},
+    "restart": {"budget": 5, "backoffSeconds": 10},
     "replicas": 1,
     "suspend": False,
 }

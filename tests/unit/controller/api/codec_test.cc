@@ -17,7 +17,7 @@ const char kFull[] = R"({"apiVersion": "qwenpipeline.dev/v1alpha1", "kind": "Qwe
     "transport": {"type": "TCP"},
     "engine": {"device": "Cpu", "blockTokens": 32, "maxBatchTokens": 512, "maxSequences": 8, "queueLimit": 5, "kvCacheTokens": 100000, "threads": 3},
     "server": {"port": 0, "apiKeys": {"secretName": "s", "file": "keys.txt"}, "allowedImageHosts": ["a.example"], "drainTimeoutSeconds": 0},
-    "replicas": 2, "suspend": true}, "status": {"anything": 1}})";
+    "restart": {"budget": 2, "backoffSeconds": 30}, "replicas": 2, "suspend": true}, "status": {"anything": 1}})";
 
 std::string Replaced(std::string text, const std::string& from, const std::string& to) {
   const size_t at = text.find(from);
@@ -71,6 +71,8 @@ TEST(Codec, EveryFieldIsRead) {
   EXPECT_EQ(s.server.api_keys.secret_name, "s");
   EXPECT_EQ(s.server.api_keys.file, "keys.txt");
   EXPECT_EQ(s.server.allowed_image_hosts, (std::vector<std::string>{"a.example"}));
+  EXPECT_EQ(s.restart.budget, 2);
+  EXPECT_EQ(s.restart.backoff_seconds, 30);
   EXPECT_EQ(s.replicas, 2);
   EXPECT_TRUE(s.suspend);
 }

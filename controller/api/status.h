@@ -1,0 +1,57 @@
+// controller/api/status.h — the status of a QwenPipeline as structs, one to one with crds/qwenpipeline.yaml, and its codec.
+// Values; pure; thread-safe. Times are seconds since 1970 here and RFC 3339 in JSON; 0 is "never" and left out.
+//
+// `groups` is the controller's memory: everything it needs to know about the past is in there, so that a new leader goes on
+// where the old one stopped. It is written before the pods that it speaks of (write-ahead), never after.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace qwen::api {
+
+struct Condition {  // metav1.Condition
+  std::string type;
+  bool value = false;  // "True" or "False"; Unknown is never written
+  std::string reason;
+  std::string message;
+  int64_t observed_generation = 0;
+  int64_t last_transition_seconds = 0;  // when `value` last changed
+  bool operator==(const Condition&) const = default;
+};
+
+// kForming: pods of this epoch may be missing because they are being created. kFormed: all were there once, so one that is
+// missing was lost. kDown: a failure was counted, the restart waits for its back-off. kFailed: given up until the spec changes.
+enum class GroupPhase { kForming, kFormed, kDown, kFailed };
+struct GroupRecord {
+  int32_t replica = 0;
+  int64_t epoch = 0;
+  std::string revision;  // of its pods
+  GroupPhase phase = GroupPhase::kForming;
+  int32_t failures = 0;  // since the group last served for long
+  int64_t last_failure_seconds = 0;
+  std::string last_failure_message;
+  bool operator==(const GroupRecord&) const = default;
+};
+
+struct PipelineStatus {
+  int64_t observed_generation = 0;
+  int32_t replicas = 0;        // groups that exist
+  int32_t ready_replicas = 0;
+  std::string selector;        // of the heads, for autoscalers
+  std::string stages;          // "7/8": ready of wanted, over all replicas
+  int64_t epoch = 0;           // the highest of any group, ever
+  int32_t restarts = 0;        // of groups, because of failures
+  std::vector<GroupRecord> groups;  // ascending replicas
+  std::vector<Condition> conditions;
+  bool operator==(const PipelineStatus&) const = default;
+};
+
+// Lenient: what is missing or mistyped is as in a fresh object. `status_json`: the object under "status", or empty.
+PipelineStatus ParseStatus(std::string_view status_json);
+std::string StatusToJson(const PipelineStatus& status);
+
+std::string_view GroupPhaseName(GroupPhase phase);
+
+}  // namespace qwen::api

@@ -1,0 +1,304 @@
+#include "controller/plan/group.h"
+
+#include <algorithm>
+
+#include "controller/plan/objects.h"
+#include "stage/contract/pod_contract.h"
+
+namespace qwen::plan {
+namespace {
+using api::GroupPhase;
+using contract::ExitCode;
+
+// kBadFlags, kBadCheckpoint and kDoesNotFit would be the same again: only another spec or checkpoint helps.
+bool Hopeless(const ObservedPod& pod) {
+  if (pod.phase != PodPhase::kEnded || !pod.exit_code) return false;
+  const auto code = static_cast<ExitCode>(*pod.exit_code);
+  return code == ExitCode::kBadFlags || code == ExitCode::kBadCheckpoint || code == ExitCode::kDoesNotFit;
+}
+
+std::string HowItEnded(const ObservedPod& pod) {
+  std::string text;
+  if (pod.exit_code) {
+    text = "exit code " + std::to_string(*pod.exit_code);
+    const std::string_view reason = contract::ExitReason(*pod.exit_code);
+    if (!reason.empty()) text += " (" + std::string(reason) + ")";
+  }
+  if (!pod.end_reason.empty() && pod.end_reason != "Error" && pod.end_reason != "Completed") text += (text.empty() ? "" : ", ") + pod.end_reason;
+  if (text.empty()) text = "no exit code";
+  return text;
+}
+
+// At a character's boundary: JSON takes no half ones.
+std::string Cut(std::string text, size_t bytes_max) {
+  if (text.size() <= bytes_max) return text;
+  while (bytes_max > 0 && (static_cast<unsigned char>(text[bytes_max]) & 0xc0) == 0x80) --bytes_max;
+  text.resize(bytes_max);
+  return text;
+}
+
+// The pods of one replica, sorted out.
+struct Members {
+  std::vector<const ObservedPod*> current;  // of the record's epoch; index 0 the head, k + 1 stage k; null: not there
+  std::vector<const ObservedPod*> stale;    // of other epochs, or no member of this group at all
+};
+Members Sort(const GroupInput& input, int64_t epoch, int32_t stages) {
+  Members members;
+  members.current.resize(static_cast<size_t>(stages) + 1);
+  for (const ObservedPod* pod : input.pods) {
+    if (pod->epoch == epoch && pod->stage >= -1 && pod->stage < stages) {
+      members.current[static_cast<size_t>(pod->stage + 1)] = pod;
+    } else {
+      members.stale.push_back(pod);
+    }
+  }
+  return members;
+}
+
+class Planner {
+ public:
+  Planner(const api::QwenPipeline& pipeline, const GroupInput& input) : pipeline_(pipeline), input_(input) {}
+
+  GroupPlan Plan() {
+    Recall();
+    if (!plan_.record) {
+      if (input_.wanted) Begin();
+      return std::move(plan_);
+    }
+    members_ = Sort(input_, record().epoch, Stages());
+    for (const ObservedPod* pod : members_.stale) Remove(pod);
+    Count();
+    if (!input_.wanted) {
+      if (Retire("ScalingDown")) plan_.record.reset();
+    } else if (plan_.record->phase == GroupPhase::kFailed) {
+      plan_.blocker = Blocker{100, "GaveUp", plan_.record->last_failure_message};
+    } else if (plan_.record->revision != input_.revision) {
+      Update();
+    } else {
+      Keep();
+    }
+    return std::move(plan_);
+  }
+
+ private:
+  api::GroupRecord& record() { return *plan_.record; }
+
+  // Of the group that is there: another revision may have had another number.
+  int32_t Stages() {
+    if (record().revision == input_.revision) return pipeline_.spec.stages.size();
+    int32_t last = 0;
+    for (const ObservedPod* pod : input_.pods)
+      if (pod->epoch == record().epoch) last = std::max(last, pod->stage);
+    return last + 1;
+  }
+
+  // The status is the memory; pods that it does not know of (it was lost, or is from a backup) are adopted.
+  void Recall() {
+    plan_.record = input_.record;
+    for (const ObservedPod* pod : input_.pods) {
+      if (plan_.record && pod->epoch <= plan_.record->epoch) continue;
+      if (!plan_.record) plan_.record = api::GroupRecord{.replica = input_.replica};
+      record().epoch = pod->epoch;
+      record().revision = pod->revision;
+      record().phase = GroupPhase::kForming;
+    }
+    if (plan_.record && input_.spec_changed) {
+      if (record().phase == GroupPhase::kFailed) record().phase = GroupPhase::kDown;
+      record().failures = 0;
+    }
+  }
+
+  void Count() {
+    for (const ObservedPod* pod : members_.current) {
+      if (pod == nullptr || !pod->ready || pod->deleting) continue;
+      (pod->stage < 0 ? plan_.heads_ready : plan_.stages_ready) += 1;
+    }
+  }
+  bool AllReady() const { return plan_.heads_ready + plan_.stages_ready == static_cast<int32_t>(members_.current.size()); }
+
+  void Remove(const ObservedPod* pod) {
+    if (pod != nullptr && !pod->deleting) plan_.remove.push_back(pod);
+  }
+
+  void Wake(int64_t at_seconds) { plan_.wake_seconds = std::min(plan_.wake_seconds.value_or(at_seconds), at_seconds); }
+
+  void CreateAll() {
+    for (int32_t stage = -1; stage < pipeline_.spec.stages.size(); ++stage) plan_.create.push_back(stage);
+  }
+
+  void Begin() {
+    plan_.record = api::GroupRecord{.replica = input_.replica, .epoch = input_.next_epoch, .revision = input_.revision};
+    CreateAll();
+    plan_.blocker = Blocker{1, "Creating", "group " + std::to_string(input_.replica) + " is being created"};
+  }
+
+  // Everything of this epoch goes; the next one begins at once, because a pod that is stuck on a dead node must not stop it.
+  void Replace() {
+    for (const ObservedPod* pod : members_.current) Remove(pod);
+    record().epoch = input_.next_epoch;
+    record().revision = input_.revision;
+    record().phase = GroupPhase::kForming;
+    plan_.heads_ready = plan_.stages_ready = 0;
+    CreateAll();
+  }
+
+  // The head of a group that serves goes first and finishes its requests. True: that is under way, the stages must stay.
+  bool Draining(const char* reason) {
+    const ObservedPod* head = members_.current[0];
+    if (head == nullptr || head->phase != PodPhase::kRunning || !(head->ready || head->deleting)) return false;
+    if (head->deleting && input_.now_seconds > head->gone_by_seconds + kOverdueSeconds) return false;
+    Remove(head);
+    if (head->deleting) Wake(head->gone_by_seconds + kOverdueSeconds + 1);
+    plan_.blocker = Blocker{3, reason, "pod " + head->name + " finishes its requests"};
+    return true;
+  }
+
+  // True: nothing of the group is left.
+  bool Retire(const char* reason) {
+    if (Draining(reason)) return false;
+    bool empty = members_.stale.empty();
+    for (const ObservedPod* pod : members_.current) {
+      empty &= pod == nullptr;
+      Remove(pod);
+    }
+    if (!empty) plan_.blocker = Blocker{3, reason, "group " + std::to_string(input_.replica) + " is being deleted"};
+    return empty;
+  }
+
+  // Another revision is wanted. A group that serves waits for its turn and drains; one that does not has nothing to lose.
+  void Update() {
+    if (AllReady() && !input_.may_roll) {
+      plan_.blocker = Blocker{2, "Updating", "group " + std::to_string(input_.replica) + " serves an older revision until its turn comes"};
+      return;
+    }
+    if (Draining("Updating")) return;
+    Replace();
+    record().failures = 0;
+    plan_.blocker = Blocker{3, "Updating", "group " + std::to_string(input_.replica) + " begins again under epoch " + std::to_string(record().epoch) +
+                                               " with the new revision"};
+  }
+
+  // What broke the group, if anything did: the pod that ended, or one that is gone.
+  struct Problem {
+    bool hopeless = false;
+    std::string what;
+  };
+  std::optional<Problem> FindProblem() const {
+    const ObservedPod* ended = nullptr;
+    std::optional<Problem> gone;
+    for (size_t i = 0; i < members_.current.size(); ++i) {
+      const ObservedPod* pod = members_.current[i];
+      if (pod != nullptr && pod->phase == PodPhase::kEnded) {
+        // A hopeless end explains the others; else the first that failed, before one that merely finished.
+        const auto weight = [](const ObservedPod& p) { return Hopeless(p) ? 2 : p.exit_code.value_or(1) != 0 ? 1 : 0; };
+        if (ended == nullptr || weight(*pod) > weight(*ended)) ended = pod;
+      } else if (!gone && pod != nullptr && pod->deleting) {
+        gone = Problem{false, "pod " + pod->name + " is being deleted"};
+      } else if (!gone && pod == nullptr && input_.record && input_.record->phase != GroupPhase::kForming) {
+        gone = Problem{false, "pod " + PodName(pipeline_, input_.replica, static_cast<int32_t>(i) - 1, plan_.record->epoch) + " is gone"};
+      }
+    }
+    if (ended != nullptr) return Problem{Hopeless(*ended), BlockerOf(*ended).message};
+    return gone;
+  }
+
+  void Keep() {
+    const std::optional<Problem> problem = FindProblem();
+    if (problem && record().phase != GroupPhase::kDown) NoteFailure(*problem);
+    if (record().phase == GroupPhase::kFailed) return;
+    if (record().phase == GroupPhase::kDown) return Restart();
+    Grow();
+  }
+
+  void NoteFailure(const Problem& problem) {
+    ++record().failures;
+    record().last_failure_seconds = input_.now_seconds;
+    record().last_failure_message = Cut(problem.what, 900);
+    plan_.failure = problem.what;
+    if (problem.hopeless || record().failures > pipeline_.spec.restart.budget) {
+      record().phase = GroupPhase::kFailed;
+      record().last_failure_message = record().last_failure_message +
+                                      (problem.hopeless ? "; restarting cannot help" : "; failure " + std::to_string(record().failures) + ", the budget is " +
+                                                                                           std::to_string(pipeline_.spec.restart.budget) + " restarts");
+      plan_.blocker = Blocker{100, "GaveUp", record().last_failure_message};
+      return;
+    }
+    record().phase = GroupPhase::kDown;
+  }
+
+  void Restart() {
+    const int64_t due = record().last_failure_seconds + BackoffSeconds(pipeline_.spec.restart, record().failures);
+    if (input_.now_seconds < due) {
+      Wake(due);
+      plan_.blocker = Blocker{50, "CrashLoop", record().last_failure_message + "; failure " + std::to_string(record().failures) +
+                                                   ", the group restarts after a back-off of " +
+                                                   std::to_string(BackoffSeconds(pipeline_.spec.restart, record().failures)) + " s"};
+      return;
+    }
+    Replace();
+    plan_.restarted = true;
+    plan_.blocker = Blocker{40, "Restarting", record().last_failure_message + "; the whole group restarts under epoch " + std::to_string(record().epoch) +
+                                                  ", every stage loads its weights again"};
+  }
+
+  void Grow() {
+    bool complete = true;
+    for (size_t i = 0; i < members_.current.size(); ++i) {
+      if (members_.current[i] != nullptr) continue;
+      complete = false;
+      plan_.create.push_back(static_cast<int32_t>(i) - 1);
+    }
+    if (complete) record().phase = GroupPhase::kFormed;
+    plan_.ready = complete && AllReady();
+    if (plan_.ready) {
+      const int64_t forgiven = record().last_failure_seconds + kStableSeconds;
+      if (record().failures > 0 && input_.now_seconds >= forgiven) record().failures = 0;
+      if (record().failures > 0) Wake(forgiven);
+      return;
+    }
+    if (!complete) plan_.blocker = Blocker{1, "Creating", "group " + std::to_string(input_.replica) + " is being created"};
+    for (const ObservedPod* pod : members_.current) {
+      if (pod == nullptr || pod->ready) continue;
+      Blocker blocker = BlockerOf(*pod);
+      if (!plan_.blocker || blocker.rank > plan_.blocker->rank) plan_.blocker = std::move(blocker);
+    }
+    // A group that failed before and is on its way again is a crash loop, and says of what; unless something worse is seen now.
+    if (record().failures > 1 && plan_.blocker->rank < 40)
+      plan_.blocker = Blocker{40, "CrashLoop", record().last_failure_message + "; failure " + std::to_string(record().failures) + ", now starting under epoch " +
+                                                   std::to_string(record().epoch)};
+  }
+
+  const api::QwenPipeline& pipeline_;
+  const GroupInput& input_;
+  GroupPlan plan_;
+  Members members_;
+};
+
+}  // namespace
+
+int64_t BackoffSeconds(const api::Restart& restart, int32_t failures) {
+  if (failures <= 1) return 0;
+  int64_t seconds = restart.backoff_seconds;
+  for (int32_t i = 2; i < failures && seconds < kBackoffSecondsMax; ++i) seconds *= 2;
+  return std::min<int64_t>(seconds, std::max(kBackoffSecondsMax, restart.backoff_seconds));
+}
+
+Blocker BlockerOf(const ObservedPod& pod) {
+  const std::string name = "pod " + pod.name;
+  const std::string words = pod.message.empty() ? "" : ": " + Cut(pod.message, 500);
+  if (pod.phase == PodPhase::kEnded) return {60, "PodFailed", name + " ended: " + HowItEnded(pod)};
+  const std::string& waiting = pod.waiting_reason;
+  if (waiting == "ImagePullBackOff" || waiting == "ErrImagePull" || waiting == "InvalidImageName" || waiting == "ErrImageNeverPull" ||
+      waiting == "ImageInspectError" || waiting == "RegistryUnavailable")
+    return {59, "ImagePullFailed", name + ": " + waiting + words};
+  if (waiting == "CrashLoopBackOff") return {58, "CrashLoop", name + " ended: " + HowItEnded(pod) + words};
+  if (!waiting.empty() && waiting != "ContainerCreating" && waiting != "PodInitializing") return {57, "ContainerNotStarted", name + ": " + waiting + words};
+  if (pod.unschedulable) return {56, "Unschedulable", name + words};
+  if (pod.deleting) return {20, "PodsNotReady", name + " is being deleted"};
+  if (pod.phase == PodPhase::kRunning) return {11, "PodsNotReady", name + " runs and is not ready yet"};
+  return {10, "PodsNotReady", name + " is being started"};
+}
+
+GroupPlan PlanGroup(const api::QwenPipeline& pipeline, const GroupInput& input) { return Planner(pipeline, input).Plan(); }
+
+}  // namespace qwen::plan

@@ -1,0 +1,60 @@
+// controller/plan/group.h — what to do with one replica's group (a head and its stages) now. Pure: same input, same answer.
+//
+//   no record ──▶ Forming ──all pods exist──▶ Formed ──a pod ended or is gone──▶ Down ──back-off over──▶ Forming, epoch + 1
+//                                                                                  └──budget spent, or hopeless──▶ Failed
+// A group is replaced as a whole: its stages cannot yet keep their weights while one of them is away. Nothing is ever created
+// again under an epoch once the group was complete, so two groups of one epoch cannot be.
+// What ends while it serves (another revision, scale down, suspend) drains first: the head is deleted and finishes its requests,
+// then the stages go.
+#pragma once
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "controller/api/status.h"
+#include "controller/plan/observed.h"
+
+namespace qwen::plan {
+
+inline constexpr int32_t kBackoffSecondsMax = 300;
+inline constexpr int32_t kStableSeconds = 600;      // ready for so long after a failure: failures begin at 0 again
+inline constexpr int32_t kOverdueSeconds = 30;      // a deleted head that is still there so long after its grace has a dead node
+
+// Before the restart after failure number `failures`: 0, then the base doubled each time.
+int64_t BackoffSeconds(const api::Restart& restart, int32_t failures);
+
+// The one pod (or other thing) that keeps a group from serving. Higher rank: more worth telling.
+struct Blocker {
+  int32_t rank = 0;
+  std::string reason;   // CamelCase, stable
+  std::string message;  // names the pod
+};
+Blocker BlockerOf(const ObservedPod& pod);
+
+struct GroupInput {
+  int32_t replica = 0;
+  bool wanted = true;    // replica < spec.replicas and not suspended
+  bool may_roll = true;  // a serving group of another revision may be replaced now
+  bool spec_changed = false;  // since the status was written: what was given up is tried again
+  std::string revision;  // as desired
+  int64_t next_epoch = 1;
+  int64_t now_seconds = 0;
+  std::optional<api::GroupRecord> record;
+  std::vector<const ObservedPod*> pods;  // of this replica, of any epoch
+};
+
+struct GroupPlan {
+  std::optional<api::GroupRecord> record;  // to be written before anything below is done; none: there is no group
+  std::vector<int32_t> create;             // members of record->epoch that are missing: -1 for the head
+  std::vector<const ObservedPod*> remove;
+  std::optional<int64_t> wake_seconds;     // look again then, if nothing happens before
+  bool restarted = false;                  // because of a failure
+  bool ready = false;                      // serves, under the wanted revision
+  int32_t heads_ready = 0, stages_ready = 0;
+  std::optional<Blocker> blocker;          // why it does not serve
+  std::string failure;                     // a failure that was noticed just now; empty: none
+};
+GroupPlan PlanGroup(const api::QwenPipeline& pipeline, const GroupInput& input);
+
+}  // namespace qwen::plan

@@ -1,0 +1,199 @@
+#include "controller/plan/objects.h"
+
+#include <array>
+
+#include "controller/plan/desired.h"
+#include "stage/contract/pod_contract.h"
+
+namespace qwen::plan {
+namespace {
+using nlohmann::json;
+
+constexpr int32_t kUser = 65532;  // "nonroot" of the common base images
+// Loading may take an hour from a slow volume; meanwhile /healthz answers, so a process that hangs before it listens is what
+// this bounds.
+constexpr int32_t kStartupSeconds = 3600;
+// Beyond the drain: what closing connections and freeing a GPU take.
+constexpr int32_t kGraceSlackSeconds = 15;
+
+std::string S(std::string_view text) { return std::string(text); }
+
+// FNV-1a: a fingerprint against accidents, not against anybody.
+std::string Fingerprint(const std::string& text) {
+  uint64_t hash = 0xcbf29ce484222325;
+  for (const unsigned char c : text) hash = (hash ^ c) * 0x100000001b3;
+  std::array<char, 17> hex;
+  std::snprintf(hex.data(), hex.size(), "%016llx", static_cast<unsigned long long>(hash));
+  return hex.data();
+}
+
+json Labels(const api::QwenPipeline& pipeline) {
+  return {{"app.kubernetes.io/name", "qwen-pipeline"}, {"app.kubernetes.io/instance", pipeline.metadata.name},
+          {"app.kubernetes.io/managed-by", S(contract::kFieldManager)}, {S(contract::kLabelPipeline), pipeline.metadata.name}};
+}
+
+json Metadata(const api::QwenPipeline& pipeline, const std::string& name) {
+  return {{"name", name},
+          {"namespace", pipeline.metadata.namespace_name},
+          {"labels", Labels(pipeline)},
+          {"ownerReferences",
+           {{{"apiVersion", S(contract::kApiVersion)}, {"kind", S(contract::kKind)}, {"name", pipeline.metadata.name}, {"uid", pipeline.metadata.uid},
+             {"controller", true}, {"blockOwnerDeletion", true}}}}};
+}
+
+json Variable(std::string_view name, const std::string& value) { return {{"name", S(name)}, {"value", value}}; }
+json FromPod(std::string_view name, const char* field) { return {{"name", S(name)}, {"valueFrom", {{"fieldRef", {{"fieldPath", field}}}}}}; }
+
+json Probe(std::string_view path, const char* port, int32_t period_seconds, int32_t failures) {
+  return {{"httpGet", {{"path", S(path)}, {"port", port}}}, {"periodSeconds", period_seconds}, {"timeoutSeconds", 5}, {"failureThreshold", failures}};
+}
+
+void AddVolume(json& spec, json& container, const char* name, std::string_view path, json source, bool read_only = true, const std::string& sub_path = {}) {
+  source["name"] = name;
+  spec["volumes"].push_back(std::move(source));
+  json mount = {{"name", name}, {"mountPath", S(path)}, {"readOnly", read_only}};
+  if (!sub_path.empty()) mount["subPath"] = sub_path;
+  container["volumeMounts"].push_back(std::move(mount));
+}
+
+void AddVolumes(const api::QwenPipeline& pipeline, bool head, json& spec, json& container) {
+  const api::ModelSource& source = pipeline.spec.model.source;
+  if (source.claim) {
+    AddVolume(spec, container, "model", contract::kModelMountPath,
+              {{"persistentVolumeClaim", {{"claimName", source.claim->claim_name}, {"readOnly", true}}}}, true, source.claim->sub_path);
+  } else {
+    AddVolume(spec, container, "model", contract::kModelMountPath, {{"hostPath", {{"path", *source.path}, {"type", "Directory"}}}});
+  }
+  AddVolume(spec, container, "handshake", contract::kSecretMountPath, {{"secret", {{"secretName", SecretName(pipeline)}, {"defaultMode", 0440}}}});
+  if (const auto& keys = pipeline.spec.server.api_keys.secret_name; head && keys)
+    AddVolume(spec, container, "api-keys", contract::kApiKeysMountPath, {{"secret", {{"secretName", *keys}, {"defaultMode", 0440}}}});
+  AddVolume(spec, container, "tmp", "/tmp", {{"emptyDir", json::object()}}, false);  // the root file system is read-only
+}
+
+json Container(const api::QwenPipeline& pipeline, const Process& process, const std::string& image, Group group, int32_t stages) {
+  const bool head = process.role == Role::kHead;
+  const char* probed = head ? "api" : "metrics";
+  json container = {{"name", head ? "head" : "stage"},
+                    {"image", image},
+                    {"command", {process.program}},
+                    {"args", process.args},
+                    {"startupProbe", Probe(contract::kHealthPath, probed, 10, kStartupSeconds / 10)},
+                    {"livenessProbe", Probe(contract::kHealthPath, probed, 10, 3)},
+                    {"readinessProbe", Probe(contract::kReadyPath, probed, 2, 1)},
+                    {"securityContext",
+                     {{"allowPrivilegeEscalation", false}, {"readOnlyRootFilesystem", true}, {"capabilities", {{"drop", {"ALL"}}}}}}};
+  const auto port = [](const char* name, uint16_t number) { return json{{"name", name}, {"containerPort", number}}; };
+  container["ports"] = head ? json{port("api", contract::kApiPort), port("control", contract::kControlPort)}
+                            : json{port("data", contract::kDataPort), port("metrics", contract::kStageMetricsPort)};
+  json& env = container["env"] = {Variable(contract::kEnvPipelineUid, pipeline.metadata.uid), Variable(contract::kEnvEpoch, std::to_string(group.epoch)),
+                                  Variable(contract::kEnvStages, std::to_string(stages)), Variable(contract::kEnvLogFormat, "json"),
+                                  FromPod(contract::kEnvPodName, "metadata.name"), FromPod(contract::kEnvPodIp, "status.podIP")};
+  if (!head) env.push_back(Variable(contract::kEnvStage, std::to_string(process.stage)));
+  for (const auto& [name, value] : process.env) env.push_back(Variable(name, value));
+  if (!head && pipeline.spec.engine.device == api::Device::kCuda)  // extended resources need limits; requests follow them
+    container["resources"]["limits"]["nvidia.com/gpu"] = std::to_string(pipeline.spec.stages.gpus_per_stage);
+  return container;
+}
+
+json Pod(const api::QwenPipeline& pipeline, const Process& process, const std::string& image, Group group, int32_t stages) {
+  const bool head = process.role == Role::kHead;
+  const std::string name = PodName(pipeline, group.replica, process.stage, group.epoch);
+  json metadata = Metadata(pipeline, name);
+  json& labels = metadata["labels"];
+  labels["app.kubernetes.io/component"] = S(head ? contract::kRoleHead : contract::kRoleStage);
+  labels[S(contract::kLabelRole)] = S(head ? contract::kRoleHead : contract::kRoleStage);
+  labels[S(contract::kLabelReplica)] = std::to_string(group.replica);
+  labels[S(contract::kLabelEpoch)] = std::to_string(group.epoch);
+  if (!head) labels[S(contract::kLabelStage)] = std::to_string(process.stage);
+  json spec = {{"restartPolicy", "Never"},
+               {"hostname", name},
+               {"subdomain", GroupServiceName(pipeline)},
+               {"automountServiceAccountToken", false},
+               {"enableServiceLinks", false},
+               {"terminationGracePeriodSeconds", pipeline.spec.server.drain_timeout_seconds + kGraceSlackSeconds},
+               {"securityContext",
+                {{"runAsNonRoot", true}, {"runAsUser", kUser}, {"runAsGroup", kUser}, {"fsGroup", kUser}, {"seccompProfile", {{"type", "RuntimeDefault"}}}}}};
+  json container = Container(pipeline, process, image, group, stages);
+  AddVolumes(pipeline, head, spec, container);
+  spec["containers"].push_back(std::move(container));
+  return {{"apiVersion", "v1"}, {"kind", "Pod"}, {"metadata", std::move(metadata)}, {"spec", std::move(spec)}};
+}
+
+Result<std::vector<json>> UnstampedPods(const api::QwenPipeline& pipeline, const Images& images, Group group) {
+  QP_CHECK(!pipeline.metadata.uid.empty());
+  const api::Spec& spec = pipeline.spec;
+  if (spec.model.source.path && !spec.model.source.path->starts_with('/'))
+    return InvalidArgumentError("spec.model.source.path: in a cluster it must be absolute: a folder on every node");
+  if (spec.server.api_keys.file && !spec.server.api_keys.secret_name)
+    return InvalidArgumentError("spec.server.apiKeys: a cluster needs secretName; file is for qwenctl run");
+  ASSIGN_OR_RETURN(const PipelineSize size, UnsizedPipeline(spec));
+  const auto any = [](uint16_t port) { return "0.0.0.0:" + std::to_string(port); };
+  const Placement placement{
+      .model_dir = S(contract::kModelMountPath),
+      .pipeline_uid = pipeline.metadata.uid,
+      .secret_file = S(contract::kSecretMountPath) + "/" + S(contract::kSecretKey),
+      .head_address = PodName(pipeline, group.replica, -1, group.epoch) + "." + GroupServiceName(pipeline) + "." + pipeline.metadata.namespace_name +
+                      ".svc:" + std::to_string(contract::kControlPort),
+      .control_listen = any(contract::kControlPort),
+      .api_listen = any(contract::kApiPort),
+      .data_listen = any(contract::kDataPort),
+      .data_advertise = "$(" + S(contract::kEnvPodIp) + ")",  // the kubelet fills it in
+      .metrics_ports = std::vector<uint16_t>(size.stages.size(), contract::kStageMetricsPort),
+      .api_keys_file = spec.server.api_keys.secret_name ? S(contract::kApiKeysMountPath) + "/" + S(contract::kApiKeysKey) : "",
+      .cores = 0,
+  };
+  ASSIGN_OR_RETURN(const std::vector<Process> processes, DesiredProcesses(pipeline, size, placement));
+  std::vector<json> pods;
+  for (const Process& process : processes)
+    pods.push_back(Pod(pipeline, process, process.role == Role::kHead ? images.head : images.stage, group, spec.stages.size()));
+  return pods;
+}
+
+json Service(const api::QwenPipeline& pipeline, const std::string& name, json spec) {
+  json service = {{"apiVersion", "v1"}, {"kind", "Service"}, {"metadata", Metadata(pipeline, name)}, {"spec", std::move(spec)}};
+  service["metadata"]["annotations"][S(kAppliedAnnotation)] = Fingerprint(service.dump());
+  return service;
+}
+
+}  // namespace
+
+std::string PodName(const api::QwenPipeline& pipeline, int32_t replica, int32_t stage, int64_t epoch) {
+  const std::string member = stage < 0 ? "head" : "stage-" + std::to_string(stage);
+  return pipeline.metadata.name + "-" + std::to_string(replica) + "-" + member + "-" + std::to_string(epoch);
+}
+std::string ApiServiceName(const api::QwenPipeline& pipeline) { return pipeline.metadata.name; }
+std::string GroupServiceName(const api::QwenPipeline& pipeline) { return pipeline.metadata.name + "-group"; }
+std::string SecretName(const api::QwenPipeline& pipeline) { return pipeline.metadata.name + "-handshake"; }
+
+Result<std::vector<json>> GroupPods(const api::QwenPipeline& pipeline, const Images& images, Group group) {
+  ASSIGN_OR_RETURN(const std::string revision, Revision(pipeline, images));
+  ASSIGN_OR_RETURN(std::vector<json> pods, UnstampedPods(pipeline, images, group));
+  for (json& pod : pods) pod["metadata"]["labels"][S(contract::kLabelRevision)] = revision;
+  return pods;
+}
+
+Result<std::string> Revision(const api::QwenPipeline& pipeline, const Images& images) {
+  ASSIGN_OR_RETURN(const std::vector<json> pods, UnstampedPods(pipeline, images, {}));
+  std::string text;
+  for (const json& pod : pods) text += pod.at("spec").dump();
+  return Fingerprint(text);
+}
+
+std::vector<json> Services(const api::QwenPipeline& pipeline) {
+  const auto port = [](const char* name, int32_t number) { return json{{"name", name}, {"port", number}, {"targetPort", name}, {"protocol", "TCP"}}; };
+  const json all = {{S(contract::kLabelPipeline), pipeline.metadata.name}};
+  json heads = all;
+  heads[S(contract::kLabelRole)] = S(contract::kRoleHead);
+  const int32_t api_port = pipeline.spec.server.port != 0 ? pipeline.spec.server.port : contract::kApiPort;
+  return {Service(pipeline, ApiServiceName(pipeline), {{"selector", heads}, {"ports", {port("api", api_port)}}}),
+          Service(pipeline, GroupServiceName(pipeline),
+                  {{"selector", all}, {"clusterIP", "None"}, {"publishNotReadyAddresses", true},
+                   {"ports", {port("control", contract::kControlPort), port("data", contract::kDataPort)}}})};
+}
+
+json HandshakeSecret(const api::QwenPipeline& pipeline, const std::string& value) {
+  return {{"apiVersion", "v1"}, {"kind", "Secret"}, {"metadata", Metadata(pipeline, SecretName(pipeline))}, {"type", "Opaque"}, {"immutable", true},
+          {"stringData", {{S(contract::kSecretKey), value}}}};
+}
+
+}  // namespace qwen::plan

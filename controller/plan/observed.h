@@ -1,0 +1,44 @@
+// controller/plan/observed.h — one pipeline as the informers see it: plain values, a snapshot. What plan.h decides on.
+// The past (epochs, failures) is in `previous`, because it must survive the controller; nothing else is remembered.
+#pragma once
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "controller/api/status.h"
+#include "controller/api/types.h"
+
+namespace qwen::plan {
+
+enum class PodPhase { kPending, kRunning, kEnded };  // kEnded: Failed or Succeeded; with restartPolicy Never it never comes back
+struct ObservedPod {
+  std::string name;
+  std::string uid;
+  int32_t replica = 0;
+  int32_t stage = -1;  // -1: the head
+  int64_t epoch = 0;
+  std::string revision;
+  PodPhase phase = PodPhase::kPending;
+  bool ready = false;
+  bool deleting = false;
+  int64_t gone_by_seconds = 0;  // when deleting: the end of its grace period
+  bool unschedulable = false;
+  std::string waiting_reason;   // of its container, in the kubelet's words: "ImagePullBackOff"; empty: it does not wait
+  std::string message;          // the scheduler's or the kubelet's, for people
+  std::optional<int> exit_code;  // of its container's last end
+  std::string end_reason;        // "OOMKilled", "Evicted", "Error"; empty: it has not ended
+};
+
+struct Observed {
+  api::QwenPipeline pipeline;
+  int64_t generation = 0;
+  api::PipelineStatus previous;
+  std::vector<ObservedPod> pods;                // owned by the pipeline, in any order
+  std::map<std::string, std::string> services;  // name -> hash of what was applied (objects.h)
+  bool has_secret = false;
+  std::string write_error;  // the API server's refusal of our last writes ("exceeded quota: ..."); empty: none
+};
+
+}  // namespace qwen::plan

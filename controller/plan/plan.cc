@@ -1,0 +1,95 @@
+#include "controller/plan/plan.h"
+
+#include <algorithm>
+#include <map>
+
+#include "controller/plan/group.h"
+#include "controller/plan/status.h"
+
+namespace qwen::plan {
+namespace {
+
+struct Replica {
+  std::optional<api::GroupRecord> record;
+  std::vector<const ObservedPod*> pods;
+};
+
+// Every replica that is wanted, remembered or still has pods.
+std::map<int32_t, Replica> Replicas(const Observed& observed, int32_t wanted) {
+  std::map<int32_t, Replica> replicas;
+  for (int32_t replica = 0; replica < wanted; ++replica) replicas[replica];
+  for (const api::GroupRecord& record : observed.previous.groups) replicas[record.replica].record = record;
+  for (const ObservedPod& pod : observed.pods) replicas[pod.replica].pods.push_back(&pod);
+  return replicas;
+}
+
+// Under its own revision, which may have had another number of stages.
+bool Serves(const Replica& replica, const std::string& revision, int32_t stages) {
+  if (!replica.record) return false;
+  int32_t ready = 0, last = 0;
+  for (const ObservedPod* pod : replica.pods) {
+    if (pod->epoch != replica.record->epoch) continue;
+    last = std::max(last, pod->stage);
+    ready += pod->ready && !pod->deleting;
+  }
+  return ready == (replica.record->revision == revision ? stages : last + 1) + 1;
+}
+
+void Tell(const Observed& observed, const GroupPlan& group, Actions& actions) {
+  const std::string replica = group.record ? std::to_string(group.record->replica) : "";
+  if (!group.failure.empty()) {
+    const bool failed = group.record->phase == api::GroupPhase::kFailed;
+    actions.notices.push_back({true, failed ? "GroupFailed" : "GroupLost", failed ? "GiveUp" : "RestartGroup", "replica " + replica + ": " + group.failure});
+  }
+  if (group.record && !group.create.empty() && group.create.size() == static_cast<size_t>(observed.pipeline.spec.stages.size()) + 1)
+    actions.notices.push_back({false, "GroupCreated", "CreatePods", "replica " + replica + " begins under epoch " + std::to_string(group.record->epoch)});
+}
+
+}  // namespace
+
+Actions MakePlan(const Observed& observed, const Images& images, int64_t now_seconds) {
+  Actions actions;
+  const api::Spec& spec = observed.pipeline.spec;
+  const Result<std::string> revision = Revision(observed.pipeline, images);
+  if (!revision.ok()) {  // what runs goes on running: an edit that cannot be carried out is no reason to stop serving
+    actions.status = MakeStatus(observed, {}, revision.status().message(), now_seconds);
+    return actions;
+  }
+
+  actions.create_secret = !observed.has_secret;
+  for (nlohmann::json& service : Services(observed.pipeline)) {
+    const auto known = observed.services.find(service.at("metadata").at("name").get<std::string>());
+    if (known == observed.services.end() || known->second != service.at("metadata").at("annotations").at(std::string(kAppliedAnnotation)).get<std::string>())
+      actions.apply_services.push_back(std::move(service));
+  }
+
+  const int32_t wanted = spec.suspend ? 0 : spec.replicas;
+  const std::map<int32_t, Replica> replicas = Replicas(observed, wanted);
+  int64_t epoch = observed.previous.epoch;  // one counter for all replicas: an epoch never comes back, not even after scaling down
+  for (const ObservedPod& pod : observed.pods) epoch = std::max(epoch, pod.epoch);
+  bool all_serve = true;
+  for (int32_t replica = 0; replica < wanted; ++replica) all_serve &= Serves(replicas.at(replica), *revision, spec.stages.size());
+
+  std::vector<GroupPlan> groups;
+  for (const auto& [index, replica] : replicas) {
+    GroupInput input{.replica = index, .wanted = index < wanted, .may_roll = all_serve, .spec_changed = observed.generation != observed.previous.observed_generation,
+                     .revision = *revision, .next_epoch = epoch + 1, .now_seconds = now_seconds, .record = replica.record, .pods = replica.pods};
+    const bool outdated = replica.record && replica.record->revision != *revision;
+    if (outdated && all_serve && input.wanted) all_serve = false;  // this one's turn; the next waits until it serves again
+    GroupPlan group = PlanGroup(observed.pipeline, input);
+    if (group.record) epoch = std::max(epoch, group.record->epoch);
+    for (const ObservedPod* pod : group.remove) actions.delete_pods.push_back({pod->name, pod->uid});
+    if (!group.create.empty()) {
+      Result<std::vector<nlohmann::json>> pods = GroupPods(observed.pipeline, images, {.replica = index, .epoch = group.record->epoch});
+      QP_CHECK(pods.ok()) << pods.status().ToString();  // Revision made them before
+      for (const int32_t stage : group.create) actions.create_pods.push_back(std::move((*pods)[static_cast<size_t>(stage + 1)]));
+    }
+    if (group.wake_seconds) actions.wake_seconds = std::min(actions.wake_seconds.value_or(*group.wake_seconds), *group.wake_seconds);
+    Tell(observed, group, actions);
+    groups.push_back(std::move(group));
+  }
+  actions.status = MakeStatus(observed, groups, "", now_seconds);
+  return actions;
+}
+
+}  // namespace qwen::plan

@@ -1,0 +1,212 @@
+#include "controller/reconcile/reconciler.h"
+
+#include <random>
+
+#include "controller/kube/time_text.h"
+#include "stage/base/log.h"
+#include "stage/contract/pod_contract.h"
+
+namespace qwen::reconcile {
+namespace {
+using kube::Answer;
+using kube::Json;
+using kube::ObjectKey;
+namespace resources = kube::resources;
+
+constexpr char kByOwner[] = "owner";
+
+kube::Reflector::Options Watching(const kube::Resource& resource, const std::string& namespace_name, bool labelled) {
+  kube::Reflector::Options options{.resource = resource};
+  options.selection.namespace_name = namespace_name;
+  if (labelled) options.selection.label_selector = std::string(contract::kLabelPipeline);
+  return options;
+}
+
+template <typename View>
+std::vector<std::string> OwnerUid(const View& view) {
+  return view.meta.owner_uid.empty() ? std::vector<std::string>() : std::vector<std::string>{view.meta.owner_uid};
+}
+
+// 32 bytes of the system's randomness.
+std::string NewSecret() {
+  std::random_device device;
+  std::string hex;
+  for (int i = 0; i < 32; ++i) {
+    char pair[3];
+    std::snprintf(pair, sizeof(pair), "%02x", device() & 0xffu);
+    hex += pair;
+  }
+  return hex + "\n";
+}
+
+}  // namespace
+
+Reconciler::Reconciler(kube::Transport& transport, kube::Client& client, kube::EventRecorder& recorder, const Clock& clock, kube::Metrics& metrics,
+                       Options options)
+    : transport_(transport),
+      client_(client),
+      recorder_(recorder),
+      clock_(clock),
+      metrics_(metrics),
+      options_(std::move(options)),
+      controller_({.name = "qwenpipeline", .workers = options_.workers}, [this](const ObjectKey& key) { return Reconcile(key); }, clock, metrics),
+      pipelines_{{Watching(resources::kQwenPipelines, options_.namespace_name, false), DecodePipeline}, {}},
+      pods_{{Watching(resources::kPods, options_.namespace_name, true), DecodePod}, {}},
+      services_{{Watching(resources::kServices, options_.namespace_name, true), DecodeService}, {}},
+      secrets_{{Watching(resources::kSecrets, options_.namespace_name, true), DecodeSecret}, {}} {
+  const auto enqueue = [this](const ObjectKey& key, bool initial) {
+    controller_.queue().Add(key, initial ? kube::Priority::kLow : kube::Priority::kNormal);
+  };
+  pipelines_.informer.AddHandler({.on_change = [enqueue](const auto& old, const auto& now, bool initial) { enqueue((now ? now : old)->meta.key, initial); }});
+  const auto watch_children = [&](auto& children) {
+    children.informer.store().AddIndex(kByOwner, [](const auto& view) { return OwnerUid(view); });
+    children.informer.AddHandler({.on_change = [enqueue](const auto& old, const auto& now, bool initial) {
+      const kube::ObjectMeta& meta = (now ? now : old)->meta;
+      if (!meta.owner_name.empty()) enqueue({meta.key.namespace_name, meta.owner_name}, initial);
+    }});
+  };
+  watch_children(pods_);
+  watch_children(services_);
+  watch_children(secrets_);
+}
+
+Reconciler::~Reconciler() { Stop(); }
+
+void Reconciler::Start() {
+  pipelines_.informer.Start(transport_, clock_, metrics_);
+  pods_.informer.Start(transport_, clock_, metrics_);
+  services_.informer.Start(transport_, clock_, metrics_);
+  secrets_.informer.Start(transport_, clock_, metrics_);
+}
+
+bool Reconciler::WaitForSync(std::chrono::milliseconds timeout) {
+  return pipelines_.informer.WaitForSync(timeout) && pods_.informer.WaitForSync(timeout) && services_.informer.WaitForSync(timeout) &&
+         secrets_.informer.WaitForSync(timeout);
+}
+
+bool Reconciler::synced() const {
+  return pipelines_.informer.synced() && pods_.informer.synced() && services_.informer.synced() && secrets_.informer.synced();
+}
+
+void Reconciler::StartWorkers() { controller_.Start(); }
+
+void Reconciler::Stop() {
+  controller_.Stop();
+  pipelines_.informer.Stop();
+  pods_.informer.Stop();
+  services_.informer.Stop();
+  secrets_.informer.Stop();
+}
+
+bool Reconciler::UpToDate(const ObjectKey& key) {
+  const auto check = [&](auto& children) {
+    const auto& store = children.informer.store();
+    const auto alive = [&](const std::string& uid) {
+      for (const auto& object : store.List())
+        if (object->meta.uid == uid) return !object->meta.deleting;
+      return false;
+    };
+    return children.expectations.Satisfied(key, store.seen_revision(), alive, clock_.NowMicros());
+  };
+  return check(pipelines_) && check(pods_) && check(services_) && check(secrets_);
+}
+
+plan::Observed Reconciler::Observe(const PipelineView& view, const ObjectKey& key) {
+  plan::Observed observed{.pipeline = *view.pipeline, .generation = view.meta.generation, .previous = view.status};
+  for (const auto& pod : pods_.informer.store().ByIndex(kByOwner, view.meta.uid)) observed.pods.push_back(pod->pod);
+  for (const auto& service : services_.informer.store().ByIndex(kByOwner, view.meta.uid))
+    if (!service->meta.deleting) observed.services[service->meta.key.name] = service->applied;
+  for (const auto& secret : secrets_.informer.store().ByIndex(kByOwner, view.meta.uid))
+    observed.has_secret |= secret->meta.key.name == plan::SecretName(observed.pipeline);
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (const auto refused = refusals_.find(key); refused != refusals_.end()) observed.write_error = refused->second;
+  return observed;
+}
+
+Result<kube::Requeue> Reconciler::Reconcile(const ObjectKey& key) {
+  const auto view = pipelines_.informer.store().Get(key);
+  if (view == nullptr || view->meta.deleting) {  // the garbage collector takes what it owned
+    for (kube::Expectations* expectations : {&pipelines_.expectations, &pods_.expectations, &services_.expectations, &secrets_.expectations})
+      expectations->Forget(key);
+    std::lock_guard<std::mutex> lock(mutex_);
+    refusals_.erase(key);
+    return kube::Requeue{};
+  }
+  if (!view->pipeline.ok()) {
+    log::Error("the API server took a pipeline that this controller cannot read", {{"object", key.ToString()}, {"error", view->pipeline.status().message()}});
+    return kube::Requeue{};
+  }
+  if (!UpToDate(key)) return kube::Requeue{1'000'000};  // the event that completes it comes sooner
+  const plan::Observed observed = Observe(*view, key);
+  return Act(*view, key, observed, plan::MakePlan(observed, options_.images, kube::UnixMicros() / 1'000'000));
+}
+
+Result<kube::Requeue> Reconciler::Act(const PipelineView& view, const ObjectKey& key, const plan::Observed& observed, plan::Actions actions) {
+  if (actions.status != observed.previous) {
+    const Answer answer = client_.PatchStatus(resources::kQwenPipelines, key, Json::parse(api::StatusToJson(actions.status)));
+    if (answer.NotFound()) return kube::Requeue{};
+    if (!answer.ok()) return answer.status().WithContext("status");
+    pipelines_.expectations.Wrote(key, kube::StringAt(answer.body, "/metadata/resourceVersion"), clock_.NowMicros());
+  }
+  for (plan::Notice& notice : actions.notices)
+    recorder_.Record({.regarding = {resources::kQwenPipelines, key, view.meta.uid, view.meta.resource_version},
+                      .type = notice.warning ? kube::EventType::kWarning : kube::EventType::kNormal,
+                      .reason = std::move(notice.reason), .action = std::move(notice.action), .note = std::move(notice.note)});
+  std::string refusal;
+  Status error;
+  WriteAll(view, key, actions, &refusal, &error);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::string& known = refusals_[key];
+    const bool news = known != refusal;
+    known = refusal;
+    if (refusal.empty()) refusals_.erase(key);
+    if (news) controller_.queue().Add(key);  // for the status
+  }
+  if (!error.ok()) return error;
+  if (!refusal.empty()) return kube::Requeue{kRefusedRetryMicros};
+  if (!actions.wake_seconds) return kube::Requeue{};
+  const int64_t wait = *actions.wake_seconds * 1'000'000 - kube::UnixMicros();
+  return kube::Requeue{std::max<int64_t>(wait, 0) + 1000};
+}
+
+// False when anything did not succeed: `refusal` is the server's no, `error` a failure that another try may not meet.
+bool Reconciler::WriteAll(const PipelineView& view, const ObjectKey& key, plan::Actions& actions, std::string* refusal, Status* error) {
+  const int64_t now = clock_.NowMicros();
+  const auto judge = [&](const Answer& answer, const std::string& what) {
+    if (answer.ok()) return true;
+    if (answer.code == 403 || answer.code == 422 || answer.code == 400) {
+      if (refusal->empty()) *refusal = what + ": " + answer.message;
+    } else if (error->ok()) {
+      *error = answer.status().WithContext(what);
+    }
+    return false;
+  };
+  const auto version = [](const Answer& answer) { return kube::StringAt(answer.body, "/metadata/resourceVersion"); };
+
+  if (actions.create_secret) {
+    const Answer answer = client_.Create(resources::kSecrets, plan::HandshakeSecret(*view.pipeline, NewSecret()));
+    if (!answer.AlreadyExists() && judge(answer, "secret")) secrets_.expectations.Wrote(key, version(answer), now);
+  }
+  for (const Json& service : actions.apply_services) {
+    const Answer answer = client_.Apply(resources::kServices, service);
+    if (judge(answer, "service " + kube::KeyOf(service).name)) services_.expectations.Wrote(key, version(answer), now);
+  }
+  std::vector<kube::HttpRequest> requests;
+  for (const plan::PodRef& pod : actions.delete_pods)
+    requests.push_back(kube::DeleteRequest(resources::kPods, {key.namespace_name, pod.name}, {.uid = pod.uid}));
+  client_.DoAll(std::move(requests), [&](size_t i, Answer answer) {
+    if (answer.NotFound() || answer.Conflict()) return;  // gone, or another of the same name: the store will tell
+    if (judge(answer, "delete pod " + actions.delete_pods[i].name)) pods_.expectations.Deleted(key, actions.delete_pods[i].uid, now);
+  });
+  requests.clear();
+  for (const Json& pod : actions.create_pods) requests.push_back(kube::CreateRequest(resources::kPods, pod));
+  client_.DoAll(std::move(requests), [&](size_t i, Answer answer) {
+    // A name of ours that exists is our own pod from a try whose answer was lost: names carry the epoch.
+    if (answer.AlreadyExists()) return;
+    if (judge(answer, "pod " + kube::KeyOf(actions.create_pods[i]).name)) pods_.expectations.Wrote(key, version(answer), now);
+  });
+  return refusal->empty() && error->ok();
+}
+
+}  // namespace qwen::reconcile

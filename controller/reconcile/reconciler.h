@@ -1,0 +1,70 @@
+// controller/reconcile/reconciler.h — the loop: key → snapshot out of the informers' stores → plan::MakePlan → writes.
+//
+// The status goes first: it is the write-ahead record of epochs, so a controller that dies at any line is followed by one that
+// goes on from there. A look waits until all own writes are back in the stores (Expectations), so nothing is created twice.
+// What the API server refuses (quota, an invalid object) is told in the status and tried again every kRefusedRetryMicros.
+// Thread safety: Start, WaitForSync, StartWorkers and Stop by the owner; synced from any thread.
+#pragma once
+#include <chrono>
+#include <map>
+#include <mutex>
+#include <string>
+
+#include "controller/kube/client.h"
+#include "controller/kube/controller.h"
+#include "controller/kube/event_recorder.h"
+#include "controller/kube/expectations.h"
+#include "controller/kube/informer.h"
+#include "controller/plan/plan.h"
+#include "controller/reconcile/views.h"
+
+namespace qwen::reconcile {
+
+class Reconciler {
+ public:
+  static constexpr int64_t kRefusedRetryMicros = 10'000'000;
+  struct Options {
+    std::string namespace_name;  // empty: all namespaces
+    plan::Images images;
+    int32_t workers = 4;
+  };
+  // Everything borrowed outlives the reconciler.
+  Reconciler(kube::Transport& transport, kube::Client& client, kube::EventRecorder& recorder, const Clock& clock, kube::Metrics& metrics, Options options);
+  ~Reconciler();
+
+  void Start();  // watches; decides nothing yet
+  bool WaitForSync(std::chrono::milliseconds timeout);
+  bool synced() const;
+  void StartWorkers();  // REQUIRES: Start, this replica leads, or there is no election
+  void Stop();          // lets the reconciles in progress end
+
+ private:
+  // One store of children and our own writes that it may not show yet.
+  template <typename View>
+  struct Children {
+    kube::Informer<View> informer;
+    kube::Expectations expectations;
+  };
+
+  Result<kube::Requeue> Reconcile(const kube::ObjectKey& key);
+  plan::Observed Observe(const PipelineView& view, const kube::ObjectKey& key);
+  bool UpToDate(const kube::ObjectKey& key);
+  Result<kube::Requeue> Act(const PipelineView& view, const kube::ObjectKey& key, const plan::Observed& observed, plan::Actions actions);
+  bool WriteAll(const PipelineView& view, const kube::ObjectKey& key, plan::Actions& actions, std::string* refusal, Status* error);
+
+  kube::Transport& transport_;
+  kube::Client& client_;
+  kube::EventRecorder& recorder_;
+  const Clock& clock_;
+  kube::Metrics& metrics_;
+  const Options options_;
+  std::mutex mutex_;
+  std::map<kube::ObjectKey, std::string> refusals_;  // guarded by mutex_; of the last writes of a pipeline
+  kube::Controller controller_;
+  Children<PipelineView> pipelines_;
+  Children<PodView> pods_;
+  Children<ServiceView> services_;
+  Children<SecretView> secrets_;
+};
+
+}  // namespace qwen::reconcile

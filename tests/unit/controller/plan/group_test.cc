@@ -1,0 +1,405 @@
+// Goal: whole lives of a pipeline, decided without a cluster. A toy cluster does what the plan says (it shares no code with the
+// planner), and each story checks pods, epochs and what the status tells. After each step a plan of an unchanged world must be
+// empty.
+#include "controller/plan/group.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <set>
+
+#include "controller/plan/plan.h"
+#include "controller/plan/status.h"
+
+namespace qwen::plan {
+namespace {
+
+class World {
+ public:
+  explicit World(int stages = 2, int replicas = 1) {
+    observed.pipeline.metadata = {.name = "q", .namespace_name = "ns", .uid = "u-1"};
+    observed.pipeline.spec.model = {.id = "m", .source = {.claim = api::PersistentVolumeClaimSource{.claim_name = "weights"}}};
+    observed.pipeline.spec.stages.count = stages;
+    observed.pipeline.spec.replicas = replicas;
+    observed.generation = 1;
+  }
+
+  // One reconcile: what is planned is done.
+  Actions Step() {
+    Actions actions = MakePlan(observed, images, now);
+    observed.previous = actions.status;
+    observed.has_secret |= actions.create_secret;
+    for (const auto& service : actions.apply_services)
+      observed.services[service["metadata"]["name"]] = service["metadata"]["annotations"]["qwenpipeline.dev/applied"];
+    for (const PodRef& ref : actions.delete_pods) {
+      ObservedPod& pod = Find(ref.name);
+      EXPECT_EQ(pod.uid, ref.uid);
+      EXPECT_FALSE(pod.deleting) << ref.name << " is deleted twice";
+      pod.deleting = true;
+      pod.gone_by_seconds = now + 75;
+    }
+    for (const auto& pod : actions.create_pods) {
+      const auto& labels = pod["metadata"]["labels"];
+      const std::string name = pod["metadata"]["name"];
+      EXPECT_TRUE(names_ever.insert(name).second) << name << " is created twice";
+      ObservedPod made{.name = name, .uid = name + "-uid"};
+      made.replica = std::stoi(labels["qwenpipeline.dev/replica"].get<std::string>());
+      made.stage = labels.contains("qwenpipeline.dev/stage") ? std::stoi(labels["qwenpipeline.dev/stage"].get<std::string>()) : -1;
+      made.epoch = std::stoi(labels["qwenpipeline.dev/epoch"].get<std::string>());
+      made.revision = labels["qwenpipeline.dev/revision"];
+      observed.pods.push_back(made);
+    }
+    return actions;
+  }
+  // Until nothing is planned any more; that it comes to rest is part of every story.
+  Actions Settle() {
+    Actions all, last;
+    for (int i = 0; i < 8; ++i) {
+      last = MakePlan(observed, images, now);
+      if (last.writes(observed) == 0) return last;
+      Step();
+    }
+    ADD_FAILURE() << "does not come to rest: " << ReadyMessage();
+    return last;
+  }
+  void KubeletRuns() {  // what is deleted goes, what is there becomes ready
+    std::erase_if(observed.pods, [](const ObservedPod& pod) { return pod.deleting; });
+    for (ObservedPod& pod : observed.pods)
+      if (pod.phase != PodPhase::kEnded) pod.phase = PodPhase::kRunning, pod.ready = true;
+  }
+  void Serve() {
+    Settle();
+    KubeletRuns();
+    Settle();
+  }
+  ObservedPod& Find(const std::string& name) {
+    const auto found = std::find_if(observed.pods.begin(), observed.pods.end(), [&](const ObservedPod& pod) { return pod.name == name; });
+    QP_CHECK(found != observed.pods.end()) << name;
+    return *found;
+  }
+  void End(const std::string& name, int code) {
+    ObservedPod& pod = Find(name);
+    pod.phase = PodPhase::kEnded;
+    pod.ready = false;
+    pod.exit_code = code;
+    pod.end_reason = "Error";
+  }
+  void Lose(const std::string& name) {
+    std::erase_if(observed.pods, [&](const ObservedPod& pod) { return pod.name == name; });
+  }
+  std::string Pods() const {  // living ones, in order
+    std::set<std::string> names;
+    for (const ObservedPod& pod : observed.pods)
+      if (!pod.deleting) names.insert(pod.name);
+    std::string text;
+    for (const std::string& name : names) text += (text.empty() ? "" : " ") + name;
+    return text;
+  }
+  const api::Condition& Is(const char* type) const {
+    const api::Condition* found = FindCondition(observed.previous, type);
+    QP_CHECK(found != nullptr) << type;
+    return *found;
+  }
+  std::string ReadyReason() const { return Is("Ready").reason; }
+  std::string ReadyMessage() const { return Is("Ready").message; }
+
+  Observed observed;
+  Images images{.head = "h:1", .stage = "s:1"};
+  int64_t now = 1'000'000;
+  std::set<std::string> names_ever;
+};
+
+TEST(Group, IsCreatedOnceAndThenLeftAlone) {
+  World world;
+  const Actions first = world.Step();
+  EXPECT_TRUE(first.create_secret);
+  EXPECT_EQ(first.apply_services.size(), 2u);
+  EXPECT_EQ(world.Pods(), "q-0-head-1 q-0-stage-0-1 q-0-stage-1-1");
+  world.Settle();
+  EXPECT_EQ(world.ReadyReason(), "PodsNotReady");
+  EXPECT_TRUE(world.Is("Progressing").value);
+  world.KubeletRuns();
+  world.Settle();
+  EXPECT_TRUE(world.Is("Ready").value);
+  EXPECT_FALSE(world.Is("Progressing").value);
+  EXPECT_FALSE(world.Is("Failed").value);
+  EXPECT_EQ(world.observed.previous.stages, "2/2");
+  EXPECT_EQ(world.observed.previous.ready_replicas, 1);
+  world.now += 100'000;  // time alone changes nothing
+  EXPECT_EQ(MakePlan(world.observed, world.images, world.now).writes(world.observed), 0u);
+  EXPECT_EQ(world.observed.previous.restarts, 0);
+}
+
+TEST(Group, WhatACrashLeftHalfCreatedIsCompletedUnderTheSameEpoch) {
+  World world;
+  world.Step();
+  world.Lose("q-0-stage-1-1");  // its creation never reached the API server
+  world.names_ever.erase("q-0-stage-1-1");
+  world.Step();
+  EXPECT_EQ(world.Pods(), "q-0-head-1 q-0-stage-0-1 q-0-stage-1-1");
+  world.Serve();
+  EXPECT_EQ(world.observed.previous.epoch, 1);
+  EXPECT_EQ(world.observed.previous.restarts, 0);
+}
+
+TEST(Group, ALostPodReplacesTheWholeGroupUnderTheNextEpoch) {
+  World world;
+  world.Serve();
+  world.Lose("q-0-stage-0-1");
+  const Actions actions = world.Step();
+  EXPECT_EQ(world.Pods(), "q-0-head-2 q-0-stage-0-2 q-0-stage-1-2");
+  EXPECT_EQ(actions.delete_pods.size(), 2u);
+  EXPECT_EQ(world.observed.previous.restarts, 1);
+  EXPECT_NE(world.ReadyMessage().find("pod q-0-stage-0-1 is gone; the whole group restarts under epoch 2"), std::string::npos) << world.ReadyMessage();
+  ASSERT_EQ(actions.notices.size(), 2u);
+  EXPECT_EQ(actions.notices[0].reason, "GroupLost");
+  EXPECT_TRUE(actions.notices[0].warning);
+  // Pods of the dead group that never go away (their node has no power) hinder nothing and are counted nowhere.
+  for (ObservedPod& pod : world.observed.pods)
+    if (!pod.deleting) pod.phase = PodPhase::kRunning, pod.ready = true;
+  world.Settle();
+  EXPECT_TRUE(world.Is("Ready").value) << world.ReadyMessage();
+  EXPECT_EQ(world.observed.previous.stages, "2/2");
+}
+
+TEST(Group, ACrashLoopBacksOffNamesTheReasonAndEndsWithItsBudget) {
+  World world;
+  world.observed.pipeline.spec.restart = {.budget = 3, .backoff_seconds = 10};
+  world.Serve();
+  int64_t epoch = 1;
+  for (const int64_t wait : {0, 10, 20}) {
+    world.End("q-0-stage-1-" + std::to_string(epoch), 70);
+    const Actions actions = world.Step();
+    if (wait > 0) {
+      EXPECT_EQ(actions.wake_seconds, world.now + wait);
+      EXPECT_EQ(world.ReadyReason(), "CrashLoop");
+      EXPECT_NE(world.ReadyMessage().find("pod q-0-stage-1-" + std::to_string(epoch) + " ended: exit code 70 (GPU fault)"), std::string::npos) << world.ReadyMessage();
+      world.now += wait - 1;
+      EXPECT_EQ(MakePlan(world.observed, world.images, world.now).writes(world.observed), 0u) << "the back-off is quiet";
+      world.now += 1;
+      world.Step();
+    }
+    ++epoch;
+    EXPECT_NE(world.Pods().find("q-0-head-" + std::to_string(epoch)), std::string::npos) << world.Pods();
+    world.KubeletRuns();
+    world.Settle();
+    EXPECT_TRUE(world.Is("Ready").value);
+  }
+  world.End("q-0-stage-1-4", 70);
+  world.Settle();
+  EXPECT_TRUE(world.Is("Failed").value);
+  EXPECT_EQ(world.ReadyReason(), "GaveUp");
+  EXPECT_EQ(world.ReadyMessage(), "pod q-0-stage-1-4 ended: exit code 70 (GPU fault); failure 4, the budget is 3 restarts");
+  EXPECT_NE(world.Pods().find("q-0-stage-1-4"), std::string::npos) << "kept for a look";
+  world.now += 100'000;
+  EXPECT_EQ(MakePlan(world.observed, world.images, world.now).writes(world.observed), 0u);
+
+  world.observed.pipeline.spec.restart.budget = 4;  // somebody edits the spec: it is tried again
+  ++world.observed.generation;
+  world.Serve();
+  EXPECT_TRUE(world.Is("Ready").value) << world.ReadyMessage();
+  EXPECT_FALSE(world.Is("Failed").value);
+  EXPECT_EQ(world.observed.previous.epoch, 5);
+  EXPECT_EQ(world.observed.previous.restarts, 4);
+}
+
+TEST(Group, ABadCheckpointIsNotTriedAgain) {
+  World world;
+  world.Settle();
+  world.End("q-0-stage-0-1", 65);
+  world.End("q-0-head-1", 67);  // a consequence
+  world.Settle();
+  EXPECT_TRUE(world.Is("Failed").value);
+  EXPECT_EQ(world.ReadyMessage(), "pod q-0-stage-0-1 ended: exit code 65 (bad checkpoint); restarting cannot help");
+  EXPECT_EQ(world.observed.previous.restarts, 0);
+}
+
+TEST(Group, TenMinutesOfServiceForgiveFailures) {
+  World world;
+  world.Serve();
+  world.Lose("q-0-head-1");
+  world.Serve();
+  EXPECT_EQ(world.observed.previous.groups[0].failures, 1);
+  const Actions actions = MakePlan(world.observed, world.images, world.now);
+  EXPECT_EQ(actions.wake_seconds, world.now + 600);
+  world.now += 600;
+  world.Settle();
+  EXPECT_EQ(world.observed.previous.groups[0].failures, 0);
+  EXPECT_EQ(world.observed.previous.restarts, 1) << "the count for people stays";
+}
+
+TEST(Group, BackoffDoublesUpToItsCeiling) {
+  const api::Restart restart{.budget = 9, .backoff_seconds = 10};
+  const std::vector<int64_t> expected = {0, 0, 10, 20, 40, 80, 160, 300, 300};
+  for (size_t failures = 0; failures < expected.size(); ++failures) EXPECT_EQ(BackoffSeconds(restart, static_cast<int32_t>(failures)), expected[failures]) << failures;
+}
+
+TEST(Scale, MoreReplicasAreFurtherGroupsWithTheirOwnEpochs) {
+  World world;
+  world.Serve();
+  world.observed.pipeline.spec.replicas = 2;
+  ++world.observed.generation;
+  world.Serve();
+  EXPECT_EQ(world.Pods(), "q-0-head-1 q-0-stage-0-1 q-0-stage-1-1 q-1-head-2 q-1-stage-0-2 q-1-stage-1-2");
+  EXPECT_EQ(world.observed.previous.stages, "4/4");
+  EXPECT_EQ(world.ReadyMessage(), "2 of 2 replicas serve");
+
+  world.observed.pipeline.spec.replicas = 1;  // the last one drains: its head first
+  ++world.observed.generation;
+  const Actions down = world.Step();
+  ASSERT_EQ(down.delete_pods.size(), 1u);
+  EXPECT_EQ(down.delete_pods[0].name, "q-1-head-2");
+  EXPECT_TRUE(world.Is("Ready").value) << "the other still serves";
+  world.KubeletRuns();
+  world.Settle();
+  world.KubeletRuns();
+  world.Settle();
+  EXPECT_EQ(world.Pods(), "q-0-head-1 q-0-stage-0-1 q-0-stage-1-1");
+  EXPECT_EQ(world.observed.previous.replicas, 1);
+  EXPECT_EQ(world.observed.previous.groups.size(), 1u);
+  EXPECT_EQ(world.observed.previous.restarts, 0);
+
+  world.observed.pipeline.spec.replicas = 2;  // an epoch never comes back
+  ++world.observed.generation;
+  world.Serve();
+  EXPECT_NE(world.Pods().find("q-1-head-3"), std::string::npos) << world.Pods();
+}
+
+TEST(Suspend, DrainsEverythingAndResumesUnderANewEpoch) {
+  World world;
+  world.Serve();
+  world.observed.pipeline.spec.suspend = true;
+  ++world.observed.generation;
+  for (int i = 0; i < 3; ++i) world.Settle(), world.KubeletRuns();
+  world.Settle();
+  EXPECT_EQ(world.Pods(), "");
+  EXPECT_EQ(world.ReadyReason(), "Suspended");
+  EXPECT_FALSE(world.Is("Progressing").value);
+  world.observed.pipeline.spec.suspend = false;
+  ++world.observed.generation;
+  world.Serve();
+  EXPECT_EQ(world.Pods(), "q-0-head-2 q-0-stage-0-2 q-0-stage-1-2");
+  EXPECT_TRUE(world.Is("Ready").value);
+  EXPECT_EQ(world.observed.previous.restarts, 0);
+}
+
+TEST(Suspend, AHeadOnADeadNodeDoesNotHoldItUpForEver) {
+  World world;
+  world.Serve();
+  world.observed.pipeline.spec.suspend = true;
+  ++world.observed.generation;
+  const Actions asleep = world.Settle();
+  EXPECT_EQ(world.Pods(), "q-0-stage-0-1 q-0-stage-1-1");
+  EXPECT_EQ(asleep.wake_seconds, world.now + 75 + 31);
+  world.now += 75 + 31;
+  world.Settle();
+  EXPECT_EQ(world.Pods(), "");
+}
+
+TEST(Rollout, AnotherRevisionDrainsOneReplicaAfterTheOther) {
+  World world(2, 2);
+  world.Serve();
+  const std::string before = world.observed.previous.groups[0].revision;
+  world.images.stage = "s:2";
+  const Actions first = world.Step();
+  ASSERT_EQ(first.delete_pods.size(), 1u);
+  EXPECT_EQ(first.delete_pods[0].name, "q-0-head-1");
+  EXPECT_TRUE(world.Find("q-1-head-2").ready);
+  for (int i = 0; i < 6; ++i) {
+    world.Settle();
+    int serving = 0;
+    for (const char* head : {"-0-head-", "-1-head-"})
+      serving += std::any_of(world.observed.pods.begin(), world.observed.pods.end(), [&](const ObservedPod& pod) { return pod.ready && !pod.deleting && pod.name.find(head) != std::string::npos; });
+    EXPECT_GE(serving, 1) << world.Pods();
+    world.KubeletRuns();
+  }
+  world.Settle();
+  EXPECT_TRUE(world.Is("Ready").value) << world.ReadyMessage();
+  EXPECT_EQ(world.Pods(), "q-0-head-3 q-0-stage-0-3 q-0-stage-1-3 q-1-head-4 q-1-stage-0-4 q-1-stage-1-4");
+  EXPECT_NE(world.observed.previous.groups[1].revision, before);
+  EXPECT_EQ(world.observed.previous.restarts, 0) << "a rollout is no failure";
+}
+
+TEST(Rollout, AGroupThatNeverServedIsReplacedAtOnce) {
+  World world;
+  world.Settle();
+  world.Find("q-0-stage-0-1").waiting_reason = "ImagePullBackOff";
+  world.images.stage = "s:2";
+  world.Step();
+  EXPECT_EQ(world.Pods(), "q-0-head-2 q-0-stage-0-2 q-0-stage-1-2");
+}
+
+TEST(Rollout, FewerStagesDrainBeforeAnyPodOfTheOldGroupGoes) {
+  World world(3);
+  world.Serve();
+  world.observed.pipeline.spec.stages.count = 1;
+  ++world.observed.generation;
+  const Actions actions = world.Step();
+  ASSERT_EQ(actions.delete_pods.size(), 1u);
+  EXPECT_EQ(actions.delete_pods[0].name, "q-0-head-1");
+  world.KubeletRuns();
+  world.Serve();
+  EXPECT_EQ(world.Pods(), "q-0-head-2 q-0-stage-0-2");
+}
+
+TEST(Status, NamesTheOnePodThatBlocks) {
+  struct Case {
+    const char* what;
+    std::function<void(ObservedPod&)> break_it;
+    const char *reason, *message;
+  };
+  const Case cases[] = {
+      {"image", [](ObservedPod& p) { p.waiting_reason = "ErrImagePull"; p.message = "no such tag"; }, "ImagePullFailed", "pod q-0-stage-1-1: ErrImagePull: no such tag"},
+      {"name", [](ObservedPod& p) { p.waiting_reason = "InvalidImageName"; }, "ImagePullFailed", "pod q-0-stage-1-1: InvalidImageName"},
+      {"loop", [](ObservedPod& p) { p.waiting_reason = "CrashLoopBackOff"; p.exit_code = 66; p.end_reason = "Error"; }, "CrashLoop",
+       "pod q-0-stage-1-1 ended: exit code 66 (does not fit into memory)"},
+      {"config", [](ObservedPod& p) { p.waiting_reason = "CreateContainerConfigError"; p.message = "secret \"k\" not found"; }, "ContainerNotStarted",
+       "pod q-0-stage-1-1: CreateContainerConfigError: secret \"k\" not found"},
+      {"place", [](ObservedPod& p) { p.unschedulable = true; p.message = "0/3 nodes are available"; }, "Unschedulable", "pod q-0-stage-1-1: 0/3 nodes are available"},
+      {"wait", [](ObservedPod& p) { p.waiting_reason = "ContainerCreating"; }, "PodsNotReady", "pod q-0-stage-1-1 is being started"},
+      {"load", [](ObservedPod& p) { p.phase = PodPhase::kRunning; }, "PodsNotReady", "pod q-0-stage-1-1 runs and is not ready yet"},
+  };
+  for (const Case& c : cases) {
+    World world;
+    world.Serve();
+    ObservedPod& pod = world.Find("q-0-stage-1-1");
+    pod.ready = false;
+    pod.phase = PodPhase::kPending;
+    c.break_it(pod);
+    world.Settle();
+    EXPECT_EQ(world.ReadyReason(), c.reason) << c.what;
+    EXPECT_EQ(world.ReadyMessage(), c.message) << c.what;
+    EXPECT_EQ(world.Is("Progressing").message, c.message) << c.what;
+    EXPECT_FALSE(world.Is("Ready").value) << c.what;
+  }
+}
+
+TEST(Status, TellsQuotaAndAWrongSpec) {
+  World world;
+  world.observed.write_error = "pod q-0-head-1: pods \"q-0-head-1\" is forbidden: exceeded quota: gpus";
+  world.Settle();
+  EXPECT_EQ(world.ReadyReason(), "QuotaExceeded");
+  World wrong;
+  wrong.observed.pipeline.spec.model.source = {.path = "relative"};
+  const Actions actions = wrong.Step();
+  EXPECT_EQ(wrong.ReadyReason(), "InvalidSpec");
+  EXPECT_TRUE(wrong.Is("Failed").value);
+  EXPECT_TRUE(actions.create_pods.empty());
+  EXPECT_NE(wrong.ReadyMessage().find("spec.model.source.path"), std::string::npos);
+  wrong.Settle();
+}
+
+TEST(Status, AConditionsTimeChangesOnlyWithItsValue) {
+  World world;
+  world.Serve();
+  const int64_t since = world.Is("Ready").last_transition_seconds;
+  const int64_t not_failed_since = world.Is("Failed").last_transition_seconds;
+  world.now += 50;
+  world.Find("q-0-stage-0-1").ready = false;
+  world.Settle();
+  EXPECT_EQ(world.Is("Ready").last_transition_seconds, since + 50);
+  EXPECT_EQ(world.Is("Failed").last_transition_seconds, not_failed_since);
+}
+
+}  // namespace
+}  // namespace qwen::plan
