@@ -1,0 +1,320 @@
+#!/usr/bin/env python3
+"""qwen-controller against a real API server, scheduler, controller manager and fake kubelets: whole lives of a QwenPipeline.
+
+The controller is a process that this test starts, kills and stops; the kubelets run no container, so what a pod "does" is what
+an annotation says (kube/fakelet.go) or, while they are frozen, what this test writes into its status. Prints a line per check
+with the time it took, and fails if any fails.
+
+usage: operator_test.py QWEN_CONTROLLER
+"""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests/cluster"))
+import cluster as kube  # noqa: E402
+
+PIPELINES = "/apis/qwenpipeline.dev/v1alpha1/namespaces/{}/qwenpipelines"
+MERGE = "application/merge-patch+json"
+OWNED = ["/api/v1/namespaces/{}/pods", "/api/v1/namespaces/{}/services", "/api/v1/namespaces/{}/secrets"]
+PATIENCE_S = 60  # a machine that does other things; what is asserted about speed has its own limit
+
+
+class Controller:
+    def __init__(self, program, cluster, folder, name):
+        self.log = Path(folder) / f"{name}.log"
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                [program, "--kubeconfig", str(cluster.dir / "admin.kubeconfig"), "--image-head", "test/head:1", "--image-stage", "test/stage:1",
+                 "--metrics-port", "0", "--lease-seconds", "6", "--identity", name], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def port(self):
+        found = re.search(r"metrics_port=(\d+)", self.log.read_text())
+        return int(found.group(1)) if found else None
+
+    def http(self, path):
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{self.port()}{path}", timeout=5) as answer:
+            return answer.read().decode()
+
+    def writes(self):
+        """Requests so far that were neither reads nor renewals of the lease (the only PUTs)."""
+        lines = [line for line in self.http("/metrics").splitlines() if line.startswith("rest_client_requests_total{")]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.search(r'method="(POST|PATCH|DELETE)"', line))
+
+    def end(self, number=signal.SIGTERM):
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout=30)
+
+
+class Suite:
+    def __init__(self, cluster, program, folder):
+        self.cluster, self.program, self.folder = cluster, program, folder
+        self.opener = cluster.opener()
+        self.passed = self.failed = 0
+        self.controllers = []
+
+    def call(self, method, path, body=None, content_type="application/json"):
+        request = urllib.request.Request(self.cluster.server + path, method=method, data=None if body is None else json.dumps(body).encode(),
+                                         headers={"Content-Type": content_type})
+        try:
+            with self.opener.open(request, timeout=20) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as e:
+            return e.code, json.loads(e.read() or b"{}")
+
+    def must(self, *args, **kwargs):
+        code, answer = self.call(*args, **kwargs)
+        if code >= 300:
+            sys.exit(f"{args}: {code} {answer.get('message')}")
+        return answer
+
+    def check(self, what, good, details=""):
+        print(f"{'ok  ' if good else 'FAIL'} {what}" + ("" if good else f": {details}"), flush=True)
+        self.passed, self.failed = self.passed + bool(good), self.failed + (not good)
+
+    def within(self, what, limit_s, met, details=lambda: ""):
+        """Waits for met() up to PATIENCE_S; it must be true within limit_s."""
+        start = time.monotonic()
+        while not (good := met()) and time.monotonic() - start < PATIENCE_S:
+            time.sleep(0.05)
+        took = time.monotonic() - start
+        self.check(f"{what} ({took:.2f} s)", good and took <= limit_s, f"limit {limit_s} s; {details()}")
+        return took
+
+    # -- what is there
+
+    def start(self, name):
+        controller = Controller(self.program, self.cluster, self.folder, name)
+        self.controllers.append(controller)
+        return controller
+
+    def pipeline(self, name, namespace="default"):
+        return self.call("GET", f"{PIPELINES.format(namespace)}/{name}")[1]
+
+    def condition(self, name, kind="Ready", namespace="default"):
+        conditions = self.pipeline(name, namespace).get("status", {}).get("conditions", [])
+        return next((c for c in conditions if c["type"] == kind), {"status": "", "reason": "", "message": ""})
+
+    def ready(self, name):
+        status = self.pipeline(name).get("status", {})
+        return self.condition(name)["status"] == "True" and status.get("observedGeneration") == self.pipeline(name)["metadata"]["generation"]
+
+    def pods(self, name, namespace="default"):
+        listed = self.must("GET", f"/api/v1/namespaces/{namespace}/pods?labelSelector=qwenpipeline.dev/pipeline%3D{name}")["items"]
+        return {pod["metadata"]["name"]: pod for pod in listed}
+
+    def names(self, name):
+        return sorted(n for n, pod in self.pods(name).items() if "deletionTimestamp" not in pod["metadata"])
+
+    def fake(self, pod, what, value):
+        """A fault that the pod's fake kubelet plays."""
+        self.must("PATCH", f"/api/v1/namespaces/default/pods/{pod}", {"metadata": {"annotations": {f"fake-node/{what}": value}}}, MERGE)
+
+    def spec(self, name, **changes):
+        self.must("PATCH", f"{PIPELINES.format('default')}/{name}", {"spec": changes}, MERGE)
+
+    def make(self, name, stages, namespace="default"):
+        self.must("POST", PIPELINES.format(namespace), {
+            "apiVersion": "qwenpipeline.dev/v1alpha1", "kind": "QwenPipeline", "metadata": {"name": name, "namespace": namespace},
+            "spec": {"model": {"id": "m", "source": {"persistentVolumeClaim": {"claimName": "weights"}}}, "stages": {"count": stages}, "engine": {"device": "Cpu"}}})
+
+    def remove(self, name, namespace="default"):
+        self.must("DELETE", f"{PIPELINES.format(namespace)}/{name}", {"propagationPolicy": "Background"})
+
+    def left(self, name, namespace="default"):
+        selector = f"?labelSelector=qwenpipeline.dev/pipeline%3D{name}"
+        return [item["metadata"]["name"] for path in OWNED for item in self.must("GET", path.format(namespace) + selector)["items"]]
+
+    # -- stories
+
+    def prepare(self):
+        kubectl = [str(kube.binaries() / "kubectl"), "--kubeconfig", str(self.cluster.dir / "admin.kubeconfig")]
+        def run(*args):
+            return subprocess.run([*kubectl, *args], capture_output=True, text=True, check=True).stdout
+        run("apply", "-f", str(ROOT / "crds/qwenpipeline.yaml"))
+        run("wait", "--for=condition=Established", "crd/qwenpipelines.qwenpipeline.dev", "--timeout=30s")
+        size = {"storage": "1Gi"}
+        self.must("POST", "/api/v1/persistentvolumes", {
+            "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "weights"},
+            "spec": {"capacity": size, "accessModes": ["ReadOnlyMany"], "hostPath": {"path": "/models"}, "storageClassName": "",
+                     "claimRef": {"namespace": "default", "name": "weights"}}})
+        self.must("POST", "/api/v1/namespaces/default/persistentvolumeclaims", {
+            "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "weights"},
+            "spec": {"accessModes": ["ReadOnlyMany"], "storageClassName": "", "volumeName": "weights", "resources": {"requests": size}}})
+        run("wait", "--for=jsonpath={.status.phase}=Bound", "pvc/weights", "--timeout=30s")
+        digits = json.loads(run("create", "--dry-run=client", "-o", "json", "-f", str(ROOT / "docs/examples/digits.yaml")))
+        digits["metadata"] = {"name": "digits", "namespace": "default"}
+        digits["spec"]["model"]["source"] = {"persistentVolumeClaim": {"claimName": "weights"}}
+        return digits
+
+    def creation(self, digits):
+        self.cluster.signal("fakelet", signal.SIGSTOP)
+        made = self.must("POST", PIPELINES.format("default"), digits)
+        expected = ["digits-0-head-1"] + [f"digits-0-stage-{k}-1" for k in range(4)]
+        self.within("a head and four stages exist", 5, lambda: self.names("digits") == expected, lambda: self.names("digits"))
+        self.within("it is not Ready while no kubelet says so, and says which pod", 5, lambda: "pod digits-0-" in self.condition("digits")["message"],
+                    lambda: self.condition("digits"))
+        owner = {"apiVersion": "qwenpipeline.dev/v1alpha1", "kind": "QwenPipeline", "name": "digits", "uid": made["metadata"]["uid"], "controller": True, "blockOwnerDeletion": True}
+        for name, pod in self.pods("digits").items():
+            labels = pod["metadata"]["labels"]
+            good = pod["metadata"]["ownerReferences"] == [owner] and labels["qwenpipeline.dev/epoch"] == "1" and labels["qwenpipeline.dev/replica"] == "0" and \
+                labels["qwenpipeline.dev/role"] == ("head" if "head" in name else "stage")
+            self.check(f"{name} has its labels and owner", good, pod["metadata"])
+        self.cluster.signal("fakelet", signal.SIGCONT)
+        self.within("it is Ready when the kubelets say so", 10, lambda: self.ready("digits"), lambda: self.condition("digits"))
+        status = self.pipeline("digits")["status"]
+        self.check("its counts are right", (status["stages"], status["replicas"], status["readyReplicas"], status["restarts"], status["epoch"]) == ("4/4", 1, 1, 0, 1), status)
+        self.check("two Services and a Secret stand beside it", set(self.left("digits")) - set(self.pods("digits")) == {"digits", "digits-group", "digits-handshake"},
+                   self.left("digits"))
+
+    def rest(self, controller):
+        def versions():
+            items = [item for path in OWNED + [PIPELINES, "/apis/events.k8s.io/v1/namespaces/{}/events"] for item in self.must("GET", path.format("default"))["items"]
+                     if item.get("regarding", {}).get("kind", "QwenPipeline") == "QwenPipeline"]  # nodes and pods have events of others
+            return {(i["metadata"]["name"], i["metadata"]["resourceVersion"]) for i in items}
+        time.sleep(1)
+        before, writes = versions(), controller.writes()
+        time.sleep(20)
+        self.check("20 s of rest: no write but renewals of the lease", controller.writes() == writes, f"{controller.writes() - writes} requests")
+        self.check("and no object changed", versions() == before, versions() ^ before)
+
+    def loss(self):
+        self.must("DELETE", "/api/v1/namespaces/default/pods/digits-0-stage-2-1", {"gracePeriodSeconds": 0})
+        expected = ["digits-0-head-2"] + [f"digits-0-stage-{k}-2" for k in range(4)]
+        self.within("a killed pod: the group is replaced under the next epoch", 5, lambda: self.names("digits") == expected, lambda: self.names("digits"))
+        self.within("and Ready again", 10, lambda: self.ready("digits") and sorted(self.pods("digits")) == expected, lambda: self.condition("digits"))
+        self.check("one restart is counted", self.pipeline("digits")["status"]["restarts"] == 1, self.pipeline("digits")["status"])
+
+    def crash_loop(self):
+        self.fake("digits-0-stage-1-2", "exit", "70")  # the second failure: this restart waits 10 s
+        self.within("a crash loop is named with its pod and reason", 5,
+                    lambda: "pod digits-0-stage-1-2 ended: exit code 70 (GPU fault)" in self.condition("digits")["message"] and self.condition("digits")["reason"] == "CrashLoop",
+                    lambda: self.condition("digits"))
+        self.check("the pods stay for a look during the back-off", "digits-0-stage-1-2" in self.names("digits"), self.names("digits"))
+
+    def comes_back(self):
+        self.within("after its back-off the crashed group serves under the next epoch", 15, lambda: self.ready("digits") and "digits-0-stage-1-3" in self.names("digits"),
+                    lambda: self.condition("digits"))
+        events = self.must("GET", "/apis/events.k8s.io/v1/namespaces/default/events")["items"]
+        reasons = [e["reason"] for e in events if e.get("regarding", {}).get("name") == "digits"]
+        self.check("events tell the story", reasons.count("GroupLost") == 2 and reasons.count("GroupCreated") == 3, reasons)
+
+    def image_pull(self):
+        self.cluster.signal("fakelet", signal.SIGSTOP)
+        self.make("broken", 1)
+        self.within("another pipeline has its pods", 5, lambda: len(self.names("broken")) == 2, lambda: self.names("broken"))
+        (stage,) = [n for n in self.names("broken") if "stage" in n]
+        waiting = {"name": "stage", "image": "test/stage:1", "imageID": "", "ready": False, "restartCount": 0,
+                   "state": {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image \"test/stage:1\""}}}
+        self.must("PATCH", f"/api/v1/namespaces/default/pods/{stage}/status", {"status": {"containerStatuses": [waiting]}}, MERGE)
+        self.within("an image that cannot be pulled is named", 5, lambda: self.condition("broken")["reason"] == "ImagePullFailed" and
+                    self.condition("broken")["message"].startswith(f"pod {stage}: ImagePullBackOff: Back-off pulling image"), lambda: self.condition("broken"))
+        self.cluster.signal("fakelet", signal.SIGCONT)
+        self.check("it owns pods, Services and a Secret", len(self.left("broken")) == 5, self.left("broken"))
+        self.remove("broken")
+        self.within("its deletion leaves nothing", 30, lambda: not self.left("broken"), lambda: self.left("broken"))
+
+    def quota(self):
+        self.must("POST", "/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "tight"}})
+        self.must("POST", "/api/v1/namespaces/tight/resourcequotas", {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "q"}, "spec": {"hard": {"pods": "2"}}})
+        self.within("a quota is in force", 20, lambda: self.must("GET", "/api/v1/namespaces/tight/resourcequotas/q").get("status", {}).get("hard"))
+        self.make("many", 3, "tight")
+        self.within("a quota that is too small is named", 5, lambda: self.condition("many", namespace="tight")["reason"] == "QuotaExceeded",
+                    lambda: self.condition("many", namespace="tight"))
+
+    def scale(self):
+        self.make("two", 2)
+        self.within("a pipeline of two stages serves", 10, lambda: self.ready("two"), lambda: self.condition("two"))
+        self.must("PATCH", f"{PIPELINES.format('default')}/two/scale", {"spec": {"replicas": 2}}, MERGE)
+        self.within("scaled to 2 by the scale subresource", 10, lambda: self.ready("two") and self.pipeline("two")["status"]["readyReplicas"] == 2, lambda: self.condition("two"))
+        self.check("the second group has its own epoch", "two-1-head-2" in self.names("two") and "two-0-head-1" in self.names("two"), self.names("two"))
+        self.spec("two", suspend=True)
+        self.within("suspended: no pod is left", 10, lambda: not self.pods("two") and self.condition("two")["reason"] == "Suspended",
+                    lambda: (self.names("two"), self.condition("two")))
+        self.spec("two", suspend=False, replicas=1)
+        self.within("resumed under an epoch that never was", 10, lambda: self.ready("two") and self.names("two")[0] == "two-0-head-3", lambda: self.names("two"))
+
+    def killed_in_the_middle(self, first):
+        self.make("long", 32)
+        while not self.pods("long"):
+            time.sleep(0.002)
+        first.end(signal.SIGKILL)
+        there = len(self.pods("long"))
+        second = self.start("second")
+        self.within(f"a controller killed with {there} of 33 pods made: the next one completes the group", 30, lambda: self.ready("long"), lambda: self.condition("long"))
+        epochs = {pod["metadata"]["labels"]["qwenpipeline.dev/epoch"] for pod in self.pods("long").values()}
+        self.check("under the same epoch, with every pod once", epochs == {"1"} and len(self.pods("long")) == 33, (epochs, len(self.pods("long"))))
+        return second
+
+    def handover(self, second):
+        third = self.start("third")
+        self.within("a standby is ready without leading", 10, lambda: third.port() and self.http_ok(third, "/readyz"))
+        started = time.monotonic()
+        code = second.end()
+        self.check(f"SIGTERM ends the leader with 0 ({time.monotonic() - started:.2f} s)", code == 0, code)
+        self.must("DELETE", "/api/v1/namespaces/default/pods/long-0-stage-5-1", {"gracePeriodSeconds": 0})
+        self.within("the standby takes over at once and repairs", 5, lambda: "long-0-stage-5-2" in self.names("long"), lambda: self.names("long"))
+        for name in ("digits", "two", "long"):
+            self.remove(name)
+        self.within("deletion leaves nothing", 30, lambda: not any(self.left(n) for n in ("digits", "two", "long")), lambda: self.left("long"))
+
+    @staticmethod
+    def http_ok(controller, path):
+        try:
+            return bool(controller.http(path))
+        except OSError:
+            return False
+
+    def run(self):
+        digits = self.prepare()
+        first = self.start("first")
+        self.within("the controller is ready", 10, lambda: first.port() and self.http_ok(first, "/readyz"), lambda: first.log.read_text()[-2000:])
+        self.creation(digits)
+        self.rest(first)
+        self.loss()
+        self.crash_loop()
+        self.image_pull()
+        self.quota()
+        self.comes_back()
+        self.scale()
+        memory = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{first.process.pid}/status").read_text()).group(1)
+        print(f"     the controller holds {int(memory) / 1024:.1f} MiB after {first.writes():.0f} writes")
+        second = self.killed_in_the_middle(first)
+        self.handover(second)
+
+
+def main():
+    program = sys.argv[1]
+    started = time.monotonic()
+    suite = None
+    with tempfile.TemporaryDirectory(prefix="operator_test.") as folder:
+        cluster = kube.Cluster(os.path.join(folder, "cluster"))
+        try:
+            cluster.start(["kube-controller-manager", "kube-scheduler", "fakelet"], [])
+            cluster.stop_after(os.getpid())
+            cluster.nodes(4)
+            print(f"a cluster in {time.monotonic() - started:.1f} s", flush=True)
+            suite = Suite(cluster, program, folder)
+            suite.run()
+        finally:
+            for controller in suite.controllers if suite else []:
+                controller.end(signal.SIGKILL)
+                if suite.failed or sys.exc_info()[0]:
+                    print(f"---- end of {controller.log.name}\n" + controller.log.read_text()[-3000:])
+            cluster.stop()
+    print(f"{suite.passed} passed, {suite.failed} failed in {time.monotonic() - started:.1f} s")
+    return 1 if suite.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
