@@ -8,10 +8,11 @@ chmod +x "$cuobjdump"
 elfs=$("$cuobjdump" --list-elf "$1")
 echo "$elfs"
 grep -q 'sm_90a' <<<"$elfs" || { echo "no sm_90a code in $1"; exit 1; }
+symbols=$(nm -DC "$1")  # into a variable: `nm | grep -q` fails under pipefail when grep is done before nm
 for op in MoeStreamGateUp MoeStreamDown MakeMoeStreamWeights RmsNorm GatherRows RotaryTable RopeKvWrite MoePermute SiluMul MoePrefillCombine DecodeLinear MoeRoute MoeGateUp MoeDown MoeCombine AttentionDecode; do
-  nm -DC "$1" | grep -q " T qwen::kernels::$op(" || { echo "$op is not exported"; exit 1; }
+  grep -q " T qwen::kernels::$op(" <<<"$symbols" || { echo "$op is not exported"; exit 1; }
 done
-if readelf -d "$1" | grep NEEDED | grep -qE 'torch|c10|python'; then echo "the kernels may not need torch"; exit 1; fi
+if grep -E 'NEEDED.*(torch|c10|python)' <<<"$(readelf -d "$1")"; then echo "the kernels may not need torch"; exit 1; fi
 if [ ! -e /dev/nvidiactl ]; then
   out=$("$3" --gtest_filter='DecodeLinear.EqualsTheOracle' 2>&1) && { echo "passed without a GPU?"; exit 1; }
   grep -qiE 'no CUDA-capable device|driver version is insufficient' <<<"$out" || { echo "$out"; echo "not a clean error"; exit 1; }
