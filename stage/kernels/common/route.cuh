@@ -47,7 +47,8 @@ __device__ __forceinline__ void RouteToken(int experts, int top_k, const __nv_bf
     }
     const uint32_t high = __reduce_max_sync(0xffffffffu, static_cast<uint32_t>(best >> 32));
     const uint32_t low = __reduce_max_sync(0xffffffffu, (best >> 32) == high ? static_cast<uint32_t>(best) : 0u);
-    const int picked = static_cast<int>(~low);
+    // No candidate (low is never 0 for one) means NaN logits: any expert will do, but it must be one.
+    const int picked = low != 0 ? static_cast<int>(~low) : rank;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       if (i * 32 + lane == picked) value[i] = -1.0f;
