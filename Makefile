@@ -43,12 +43,9 @@ build-sanitized: deps
 	@echo "[build] head, engine and transport under ThreadSanitizer"
 	@$(call configure,tsan)
 	@cmake --build --preset tsan -j $(JOBS)
-	@echo "[build] the torch-free rooms under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@$(call configure,asan)
-	@cmake --build --preset asan -j $(JOBS)
 
 build-fuzz: deps
-	@echo "[build] fuzz targets (clang, libFuzzer, ASan, UBSan)"
+	@echo "[build] fuzz targets, and the torch-free rooms' unit tests, under AddressSanitizer and UndefinedBehaviorSanitizer (clang)"
 	@$(call configure,fuzz)
 	@cmake --build --preset fuzz -j $(JOBS)
 
