@@ -6,7 +6,8 @@
 #   cmake/deps.sh dev      LibTorch 2.11 (CUDA 13.0 build), nvcc 13.0, NCCL, CUTLASS out of PyPI wheels: compile all, run on CPU
 #   cmake/deps.sh full     the CUDA run-time libraries too (Python torch needs them even on a CPU; so does running CUDA code)
 #   cmake/deps.sh oracle   `full` + a venv with transformers 5.17.0 for the parity tests and python_export
-#   cmake/deps.sh kube     a Kubernetes 1.34 for the integration tests, compiled from Go modules (tests/cluster), with a Go of its own if there is none
+#   cmake/deps.sh kube     a Kubernetes 1.34 for the tests, compiled from Go modules (tests/cluster), with a Go of its own if there is none; and
+#                          Debian's containerd, runc and CNI plugins for its nodes
 #   cmake/deps.sh helm     helm 4.1.4, hadolint and Debian's promtool for the tests of chart and images; nothing is installed into the system
 #   cmake/deps.sh env      prints the paths as KEY=VALUE
 #
@@ -26,6 +27,8 @@ apt_packages=(
   libcli11-dev libyaml-cpp-dev libssl-dev openssl libgtest-dev
   libjpeg62-turbo-dev libpng-dev libwebp-dev libavcodec-dev libavformat-dev libavutil-dev libswscale-dev
   liburing-dev clang libclang-rt-14-dev clang-format)
+
+node_packages=(containerd runc containernetworking-plugins iproute2 nftables)  # what tests/cluster/nodes.py makes machines of
 
 dev_wheels=(torch==2.11.0
   nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-cccl==13.0.85
@@ -57,9 +60,11 @@ pip() {
   "$cache/pip/bin/python" -m pip --disable-pip-version-check "$@"
 }
 
-do_apt() {
+do_apt() { install_packages "${apt_packages[@]}"; }
+
+install_packages() {
   local missing=()
-  for p in "${apt_packages[@]}"; do
+  for p in "$@"; do
     dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'ok installed' || missing+=("$p")
   done
   [ ${#missing[@]} -eq 0 ] && return 0
@@ -135,9 +140,10 @@ go_bin() {
 }
 
 do_kube() {
+  install_packages "${node_packages[@]}"
   [ -e "$kube/.done" ] && return 0
   local go; go=$(go_bin)
-  say "compiling Kubernetes 1.34 from Go modules (once; 2,700 packages)"
+  say "compiling Kubernetes 1.34 from Go modules (once; 2,757 packages)"
   rm -rf "$kube" "$kube.tmp"
   PATH="$go:$PATH" GOTOOLCHAIN=local "$here/tests/cluster/kube/build.sh" "$kube.tmp"
   mv "$kube.tmp" "$kube"; touch "$kube/.done"
