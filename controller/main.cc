@@ -25,7 +25,7 @@ using contract::ExitCode;
 struct Flags {
   std::string kubeconfig, context, namespace_name, lease_namespace, identity;
   std::string image_head, image_stage;
-  bool leader_election = true;
+  bool leader_election = true, watch_nodes = true;
   int32_t workers = 4;
   int32_t lease_seconds = 15;
   uint16_t metrics_port = 8080;
@@ -43,6 +43,7 @@ void AddFlags(CLI::App& app, Flags& f) {
   app.add_option("--lease-namespace", f.lease_namespace, "of the lease qwen-controller; default: the own one");
   app.add_option("--lease-seconds", f.lease_seconds, "after which another replica takes over from one that is silent")->check(CLI::Range(6, 300));
   app.add_option("--identity", f.identity, "of this replica in the lease; default: the pod's name and a random part")->envname(std::string(contract::kEnvPodName));
+  app.add_option("--watch-nodes", f.watch_nodes, "false: no right to see nodes; pods of a dead one are replaced when Kubernetes evicts them");
   app.add_option("--workers", f.workers, "pipelines reconciled at once")->check(CLI::Range(1, 64));
   app.add_option("--metrics-port", f.metrics_port, "of /healthz, /readyz and /metrics; 0: any free one, which is logged");
   app.add_option("--log-level", f.log_level)->check(CLI::IsMember({"debug", "info", "warning", "error"}));
@@ -110,7 +111,8 @@ int Run(const Flags& flags, const sigset_t& signals) {
   const std::string identity = Identity(flags);
   kube::EventRecorder recorder({.controller = "qwenpipeline.dev/controller", .instance = identity}, client, clock, metrics);
   reconcile::Reconciler reconciler(**transport, client, recorder, clock, metrics,
-                                   {.namespace_name = flags.namespace_name, .images = {.head = flags.image_head, .stage = flags.image_stage}, .workers = flags.workers});
+                                   {.namespace_name = flags.namespace_name, .images = {.head = flags.image_head, .stage = flags.image_stage}, .workers = flags.workers,
+                                    .watch_nodes = flags.watch_nodes});
   auto listener = HttpListener::Start({.port = flags.metrics_port}, Routes(reconciler, registry));
   if (!listener.ok()) return Fail("--metrics-port", listener.status());
   log::Info("watching", {{"server", access->server}, {"namespace", flags.namespace_name}, {"metrics_port", (*listener)->port()}});

@@ -110,14 +110,14 @@ class Planner {
 
   void Count() {
     for (const ObservedPod* pod : members_.current) {
-      if (pod == nullptr || !pod->ready || pod->deleting) continue;
+      if (pod == nullptr || !pod->serving()) continue;
       (pod->stage < 0 ? plan_.heads_ready : plan_.stages_ready) += 1;
     }
   }
   bool AllReady() const { return plan_.heads_ready + plan_.stages_ready == static_cast<int32_t>(members_.current.size()); }
 
   void Remove(const ObservedPod* pod) {
-    if (pod != nullptr && !pod->deleting) plan_.remove.push_back(pod);
+    if (pod != nullptr && (!pod->deleting || pod->node_state == NodeState::kGone)) plan_.remove.push_back(pod);
   }
 
   void Wake(int64_t at_seconds) { plan_.wake_seconds = std::min(plan_.wake_seconds.value_or(at_seconds), at_seconds); }
@@ -146,6 +146,7 @@ class Planner {
   bool Draining(const char* reason) {
     const ObservedPod* head = members_.current[0];
     if (head == nullptr || head->phase != PodPhase::kRunning || !(head->ready || head->deleting)) return false;
+    if (head->node_state != NodeState::kFine) return false;  // nobody is there to finish anything
     if (head->deleting && input_.now_seconds > head->gone_by_seconds + kOverdueSeconds) return false;
     Remove(head);
     if (head->deleting) Wake(head->gone_by_seconds + kOverdueSeconds + 1);
@@ -182,12 +183,14 @@ class Planner {
   struct Problem {
     bool hopeless = false;
     std::string what;
+    bool node = false;  // that was lost: not the group's fault
   };
   std::optional<Problem> FindProblem() const {
-    const ObservedPod* ended = nullptr;
+    const ObservedPod *ended = nullptr, *cut_off = nullptr;
     std::optional<Problem> gone;
     for (size_t i = 0; i < members_.current.size(); ++i) {
       const ObservedPod* pod = members_.current[i];
+      if (pod != nullptr && pod->node_state != NodeState::kFine && cut_off == nullptr) cut_off = pod;
       if (pod != nullptr && pod->phase == PodPhase::kEnded) {
         // A hopeless end explains the others; else the first that failed, before one that merely finished.
         const auto weight = [](const ObservedPod& p) { return Hopeless(p) ? 2 : p.exit_code.value_or(1) != 0 ? 1 : 0; };
@@ -198,7 +201,9 @@ class Planner {
         gone = Problem{false, "pod " + PodName(pipeline_, input_.replica, static_cast<int32_t>(i) - 1, plan_.record->epoch) + " is gone"};
       }
     }
-    if (ended != nullptr) return Problem{Hopeless(*ended), BlockerOf(*ended).message};
+    if (ended != nullptr && Hopeless(*ended)) return Problem{true, BlockerOf(*ended).message};
+    if (cut_off != nullptr) return Problem{false, "pod " + cut_off->name + " is lost: " + cut_off->node_trouble, true};  // explains other ends
+    if (ended != nullptr) return Problem{false, BlockerOf(*ended).message};
     return gone;
   }
 
@@ -215,7 +220,7 @@ class Planner {
     record().last_failure_seconds = input_.now_seconds;
     record().last_failure_message = Cut(problem.what, 900);
     plan_.failure = problem.what;
-    if (problem.hopeless || record().failures > pipeline_.spec.restart.budget) {
+    if (problem.hopeless || (!problem.node && record().failures > pipeline_.spec.restart.budget)) {
       record().phase = GroupPhase::kFailed;
       record().last_failure_message = record().last_failure_message +
                                       (problem.hopeless ? "; restarting cannot help" : "; failure " + std::to_string(record().failures) + ", the budget is " +
@@ -294,6 +299,7 @@ Blocker BlockerOf(const ObservedPod& pod) {
   if (waiting == "CrashLoopBackOff") return {58, "CrashLoop", name + " ended: " + HowItEnded(pod) + words};
   if (!waiting.empty() && waiting != "ContainerCreating" && waiting != "PodInitializing") return {57, "ContainerNotStarted", name + ": " + waiting + words};
   if (pod.unschedulable) return {56, "Unschedulable", name + words};
+  if (!pod.node_trouble.empty()) return {55, "NodeNotReady", name + ": " + pod.node_trouble};
   if (pod.deleting) return {20, "PodsNotReady", name + " is being deleted"};
   if (pod.phase == PodPhase::kRunning) return {11, "PodsNotReady", name + " runs and is not ready yet"};
   return {10, "PodsNotReady", name + " is being started"};

@@ -4,6 +4,8 @@
 //                                                                                  └──budget spent, or hopeless──▶ Failed
 // A group is replaced as a whole: its stages cannot yet keep their weights while one of them is away. Nothing is ever created
 // again under an epoch once the group was complete, so two groups of one epoch cannot be.
+// A pod on a node that is lost is lost at once: the next epoch begins beside what may still run there, and is not counted against the
+// budget. Such pods' objects are deleted by force only when their node is gone.
 // What ends while it serves (another revision, scale down, suspend) drains first: the head is deleted and finishes its requests,
 // then the stages go.
 #pragma once

@@ -13,6 +13,9 @@
 namespace qwen::plan {
 
 enum class PodPhase { kPending, kRunning, kEnded };  // kEnded: Failed or Succeeded; with restartPolicy Never it never comes back
+// Of the node that a pod is bound to. kLost: it is not ready, or out of reach; what runs there nobody knows. kGone: it is no more, or
+// somebody has vouched that it has no power (taint out-of-service), so what ran there runs no longer.
+enum class NodeState { kFine, kLost, kGone };
 struct ObservedPod {
   std::string name;
   std::string uid;
@@ -29,6 +32,12 @@ struct ObservedPod {
   std::string message;          // the scheduler's or the kubelet's, for people
   std::optional<int> exit_code;  // of its container's last end
   std::string end_reason;        // "OOMKilled", "Evicted", "Error"; empty: it has not ended
+  std::string node;              // that it is bound to; empty: none yet
+  NodeState node_state = NodeState::kFine;  // kFine also when nodes are not watched, or when no node of the cluster is fine: then
+                                            // it is the observers that are cut off, and a new epoch would find no place
+  std::string node_trouble;      // "node n is not ready: ..."; empty: it is fine
+
+  bool serving() const { return ready && !deleting && node_state == NodeState::kFine; }
 };
 
 struct Observed {

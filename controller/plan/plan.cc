@@ -30,7 +30,7 @@ bool Serves(const Replica& replica, const std::string& revision, int32_t stages)
   for (const ObservedPod* pod : replica.pods) {
     if (pod->epoch != replica.record->epoch) continue;
     last = std::max(last, pod->stage);
-    ready += pod->ready && !pod->deleting;
+    ready += pod->serving();
   }
   return ready == (replica.record->revision == revision ? stages : last + 1) + 1;
 }
@@ -78,7 +78,7 @@ Actions MakePlan(const Observed& observed, const Images& images, int64_t now_sec
     if (outdated && all_serve && input.wanted) all_serve = false;  // this one's turn; the next waits until it serves again
     GroupPlan group = PlanGroup(observed.pipeline, input);
     if (group.record) epoch = std::max(epoch, group.record->epoch);
-    for (const ObservedPod* pod : group.remove) actions.delete_pods.push_back({pod->name, pod->uid});
+    for (const ObservedPod* pod : group.remove) actions.delete_pods.push_back({pod->name, pod->uid, pod->node_state == NodeState::kGone});
     if (!group.create.empty()) {
       Result<std::vector<nlohmann::json>> pods = GroupPods(observed.pipeline, images, {.replica = index, .epoch = group.record->epoch});
       QP_CHECK(pods.ok()) << pods.status().ToString();  // Revision made them before

@@ -21,6 +21,7 @@ struct Notice {  // an event for people
 struct PodRef {
   std::string name;
   std::string uid;
+  bool force = false;  // its node is gone: nobody is there to confirm the end
 };
 // In the order in which it is to be done. When `status` cannot be written nothing else may be.
 struct Actions {

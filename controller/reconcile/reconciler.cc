@@ -14,6 +14,7 @@ using kube::ObjectKey;
 namespace resources = kube::resources;
 
 constexpr char kByOwner[] = "owner";
+constexpr char kByNode[] = "node";
 
 kube::Reflector::Options Watching(const kube::Resource& resource, const std::string& namespace_name, bool labelled) {
   kube::Reflector::Options options{.resource = resource};
@@ -53,7 +54,8 @@ Reconciler::Reconciler(kube::Transport& transport, kube::Client& client, kube::E
       pipelines_{{Watching(resources::kQwenPipelines, options_.namespace_name, false), DecodePipeline}, {}},
       pods_{{Watching(resources::kPods, options_.namespace_name, true), DecodePod}, {}},
       services_{{Watching(resources::kServices, options_.namespace_name, true), DecodeService}, {}},
-      secrets_{{Watching(resources::kSecrets, options_.namespace_name, true), DecodeSecret}, {}} {
+      secrets_{{Watching(resources::kSecrets, options_.namespace_name, true), DecodeSecret}, {}},
+      nodes_({.resource = resources::kNodes}, DecodeNode) {
   const auto enqueue = [this](const ObjectKey& key, bool initial) {
     controller_.queue().Add(key, initial ? kube::Priority::kLow : kube::Priority::kNormal);
   };
@@ -68,6 +70,25 @@ Reconciler::Reconciler(kube::Transport& transport, kube::Client& client, kube::E
   watch_children(pods_);
   watch_children(services_);
   watch_children(secrets_);
+  if (options_.watch_nodes) WatchNodes();
+}
+
+// A node is news only when its state changes: heartbeats are none.
+void Reconciler::WatchNodes() {
+  pods_.informer.store().AddIndex(kByNode, [](const PodView& view) {
+    return view.pod.node.empty() ? std::vector<std::string>() : std::vector<std::string>{view.pod.node};
+  });
+  nodes_.AddHandler({.on_change = [this](const auto& old, const auto& now, bool initial) {
+    const auto fine = [](const auto& node) { return node != nullptr && node->state == plan::NodeState::kFine; };
+    if (old != nullptr && now != nullptr && old->state == now->state) return;
+    const int64_t change = fine(now) - fine(old);
+    const int64_t before = fine_nodes_.fetch_add(change);
+    const bool first_or_last = (before == 0) != (before + change == 0);  // of the cluster: then it concerns everybody
+    const auto priority = initial ? kube::Priority::kLow : kube::Priority::kHigh;
+    const auto concerned = first_or_last ? pods_.informer.store().List() : pods_.informer.store().ByIndex(kByNode, (now ? now : old)->meta.key.name);
+    for (const auto& pod : concerned)
+      if (!pod->meta.owner_name.empty()) controller_.queue().Add({pod->meta.key.namespace_name, pod->meta.owner_name}, priority);
+  }});
 }
 
 Reconciler::~Reconciler() { Stop(); }
@@ -77,15 +98,17 @@ void Reconciler::Start() {
   pods_.informer.Start(transport_, clock_, metrics_);
   services_.informer.Start(transport_, clock_, metrics_);
   secrets_.informer.Start(transport_, clock_, metrics_);
+  if (options_.watch_nodes) nodes_.Start(transport_, clock_, metrics_);
 }
 
 bool Reconciler::WaitForSync(std::chrono::milliseconds timeout) {
   return pipelines_.informer.WaitForSync(timeout) && pods_.informer.WaitForSync(timeout) && services_.informer.WaitForSync(timeout) &&
-         secrets_.informer.WaitForSync(timeout);
+         secrets_.informer.WaitForSync(timeout) && (!options_.watch_nodes || nodes_.WaitForSync(timeout));
 }
 
 bool Reconciler::synced() const {
-  return pipelines_.informer.synced() && pods_.informer.synced() && services_.informer.synced() && secrets_.informer.synced();
+  return pipelines_.informer.synced() && pods_.informer.synced() && services_.informer.synced() && secrets_.informer.synced() &&
+         (!options_.watch_nodes || nodes_.synced());
 }
 
 void Reconciler::StartWorkers() { controller_.Start(); }
@@ -96,6 +119,7 @@ void Reconciler::Stop() {
   pods_.informer.Stop();
   services_.informer.Stop();
   secrets_.informer.Stop();
+  nodes_.Stop();
 }
 
 bool Reconciler::UpToDate(const ObjectKey& key) {
@@ -111,9 +135,25 @@ bool Reconciler::UpToDate(const ObjectKey& key) {
   return check(pipelines_) && check(pods_) && check(services_) && check(secrets_);
 }
 
+// The store of nodes may be behind that of pods: a node that it does not know is asked for before it counts as gone.
+void Reconciler::ReadNode(plan::ObservedPod& pod) {
+  if (!options_.watch_nodes || pod.node.empty()) return;
+  if (const auto node = nodes_.store().Get({"", pod.node})) {
+    pod.node_state = node->state;
+    pod.node_trouble = node->trouble;
+  } else if (client_.Get(resources::kNodes, {"", pod.node}).NotFound()) {
+    pod.node_state = plan::NodeState::kGone;
+    pod.node_trouble = "node " + pod.node + " is gone";
+  }
+  if (pod.node_state == plan::NodeState::kLost && fine_nodes_ == 0) pod.node_state = plan::NodeState::kFine;
+}
+
 plan::Observed Reconciler::Observe(const PipelineView& view, const ObjectKey& key) {
   plan::Observed observed{.pipeline = *view.pipeline, .generation = view.meta.generation, .previous = view.status};
-  for (const auto& pod : pods_.informer.store().ByIndex(kByOwner, view.meta.uid)) observed.pods.push_back(pod->pod);
+  for (const auto& pod : pods_.informer.store().ByIndex(kByOwner, view.meta.uid)) {
+    observed.pods.push_back(pod->pod);
+    ReadNode(observed.pods.back());
+  }
   for (const auto& service : services_.informer.store().ByIndex(kByOwner, view.meta.uid))
     if (!service->meta.deleting) observed.services[service->meta.key.name] = service->applied;
   for (const auto& secret : secrets_.informer.store().ByIndex(kByOwner, view.meta.uid))
@@ -194,7 +234,7 @@ bool Reconciler::WriteAll(const PipelineView& view, const ObjectKey& key, plan::
   }
   std::vector<kube::HttpRequest> requests;
   for (const plan::PodRef& pod : actions.delete_pods)
-    requests.push_back(kube::DeleteRequest(resources::kPods, {key.namespace_name, pod.name}, {.uid = pod.uid}));
+    requests.push_back(kube::DeleteRequest(resources::kPods, {key.namespace_name, pod.name}, {.uid = pod.uid, .grace_period_seconds = pod.force ? std::optional<int32_t>(0) : std::nullopt}));
   client_.DoAll(std::move(requests), [&](size_t i, Answer answer) {
     if (answer.NotFound() || answer.Conflict()) return;  // gone, or another of the same name: the store will tell
     if (judge(answer, "delete pod " + actions.delete_pods[i].name)) pods_.expectations.Deleted(key, actions.delete_pods[i].uid, now);

@@ -5,6 +5,7 @@
 // What the API server refuses (quota, an invalid object) is told in the status and tried again every kRefusedRetryMicros.
 // Thread safety: Start, WaitForSync, StartWorkers and Stop by the owner; synced from any thread.
 #pragma once
+#include <atomic>
 #include <chrono>
 #include <map>
 #include <mutex>
@@ -27,6 +28,7 @@ class Reconciler {
     std::string namespace_name;  // empty: all namespaces
     plan::Images images;
     int32_t workers = 4;
+    bool watch_nodes = true;  // false: a lost node is noticed when Kubernetes evicts its pods, after minutes
   };
   // Everything borrowed outlives the reconciler.
   Reconciler(kube::Transport& transport, kube::Client& client, kube::EventRecorder& recorder, const Clock& clock, kube::Metrics& metrics, Options options);
@@ -47,6 +49,8 @@ class Reconciler {
   };
 
   Result<kube::Requeue> Reconcile(const kube::ObjectKey& key);
+  void WatchNodes();
+  void ReadNode(plan::ObservedPod& pod);
   plan::Observed Observe(const PipelineView& view, const kube::ObjectKey& key);
   bool UpToDate(const kube::ObjectKey& key);
   Result<kube::Requeue> Act(const PipelineView& view, const kube::ObjectKey& key, const plan::Observed& observed, plan::Actions actions);
@@ -65,6 +69,8 @@ class Reconciler {
   Children<PodView> pods_;
   Children<ServiceView> services_;
   Children<SecretView> secrets_;
+  kube::Informer<NodeView> nodes_;
+  std::atomic<int64_t> fine_nodes_{0};
 };
 
 }  // namespace qwen::reconcile

@@ -75,6 +75,7 @@ PodView DecodePod(const Json& object) {
   const auto revision = view.meta.labels.find(std::string(contract::kLabelRevision));
   if (revision != view.meta.labels.end()) pod.revision = revision->second;
   pod.deleting = view.meta.deleting;
+  pod.node = StringAt(object, "/spec/nodeName");
   if (const auto gone_by = kube::ParseTime(StringAt(object, "/metadata/deletionTimestamp")); gone_by.ok()) pod.gone_by_seconds = *gone_by / 1'000'000;
   const std::string phase = StringAt(object, "/status/phase");
   pod.phase = phase == "Running" ? plan::PodPhase::kRunning : phase == "Failed" || phase == "Succeeded" ? plan::PodPhase::kEnded : plan::PodPhase::kPending;
@@ -95,5 +96,33 @@ ServiceView DecodeService(const Json& object) {
 }
 
 SecretView DecodeSecret(const Json& object) { return {.meta = kube::ParseMeta(object)}; }
+
+NodeView DecodeNode(const Json& object) {
+  NodeView view;
+  view.meta.key = kube::KeyOf(object);
+  view.meta.resource_version = StringAt(object, "/metadata/resourceVersion");
+  const std::string name = "node " + view.meta.key.name;
+  if (const Json* conditions = FindAt(object, "/status/conditions"); conditions != nullptr && conditions->is_array()) {
+    for (const Json& condition : *conditions) {
+      if (StringAt(condition, "/type") != "Ready" || StringAt(condition, "/status") == "True") continue;
+      view.state = plan::NodeState::kLost;
+      view.trouble = name + " is not ready: " + StringAt(condition, "/reason", "no reason given");
+    }
+  }
+  if (const Json* taints = FindAt(object, "/spec/taints"); taints != nullptr && taints->is_array()) {
+    for (const Json& taint : *taints) {
+      const std::string key = StringAt(taint, "/key");
+      if (key == "node.kubernetes.io/unreachable" && view.state == plan::NodeState::kFine) {
+        view.state = plan::NodeState::kLost;
+        view.trouble = name + " is unreachable";
+      }
+      if (key == "node.kubernetes.io/out-of-service") {
+        view.state = plan::NodeState::kGone;
+        view.trouble = name + " is out of service";
+      }
+    }
+  }
+  return view;
+}
 
 }  // namespace qwen::reconcile

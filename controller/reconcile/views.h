@@ -28,9 +28,16 @@ struct SecretView {  // never the content
   kube::ObjectMeta meta;
 };
 
+struct NodeView {  // a few of the 10 kB that a Node has
+  kube::ObjectMeta meta;
+  plan::NodeState state = plan::NodeState::kFine;
+  std::string trouble;  // for people; empty when fine
+};
+
 PipelineView DecodePipeline(const kube::Json& object);
 PodView DecodePod(const kube::Json& object);
 ServiceView DecodeService(const kube::Json& object);
 SecretView DecodeSecret(const kube::Json& object);
+NodeView DecodeNode(const kube::Json& object);
 
 }  // namespace qwen::reconcile

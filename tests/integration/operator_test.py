@@ -195,6 +195,29 @@ class Suite:
         self.within("and Ready again", 10, lambda: self.ready("digits") and sorted(self.pods("digits")) == expected, lambda: self.condition("digits"))
         self.check("one restart is counted", self.pipeline("digits")["status"]["restarts"] == 1, self.pipeline("digits")["status"])
 
+    def node(self, name, **changes):
+        self.must("PATCH", f"/api/v1/nodes/{name}", changes, MERGE)
+
+    def dead_node(self):
+        self.make("moved", 3)
+        self.within("a pipeline serves before its node dies", 10, lambda: self.ready("moved"), lambda: self.condition("moved"))
+        node = self.pods("moved")["moved-0-stage-1-1"]["spec"]["nodeName"]
+        self.node(node, metadata={"annotations": {"fake-node/silent": "true"}})  # no kubelet confirms anything there from now on
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.must("PATCH", f"/api/v1/nodes/{node}/status", {"status": {"conditions": [
+            {"type": "Ready", "status": "Unknown", "reason": "NodeStatusUnknown", "lastHeartbeatTime": now, "lastTransitionTime": now}]}},
+            "application/strategic-merge-patch+json")
+        self.within("a node without power: the group's next epoch exists at once", 2, lambda: "moved-0-stage-1-2" in self.names("moved"), lambda: self.names("moved"))
+        self.within("and serves, whatever is stuck", 10, lambda: self.ready("moved"), lambda: self.condition("moved"))
+        stuck = [n for n, pod in self.pods("moved").items() if pod["spec"].get("nodeName") == node]
+        self.check("the dead node's pods are still there", stuck and all("deletionTimestamp" in self.pods("moved")[n]["metadata"] for n in stuck), stuck)
+        self.check("no new pod went there", not any(n.endswith("-2") for n in stuck), stuck)
+        self.node(node, spec={"taints": [{"key": "node.kubernetes.io/out-of-service", "value": "nodeshutdown", "effect": "NoExecute"}]})
+        self.within("out of service: their objects are deleted by force", 5, lambda: not [n for n in stuck if n in self.pods("moved")], lambda: self.names("moved"))
+        self.node(node, spec={"taints": []}, metadata={"annotations": {"fake-node/silent": None}})
+        self.remove("moved")
+        self.within("a node that comes back hinders nothing", 30, lambda: not self.left("moved"), lambda: self.left("moved"))
+
     def crash_loop(self):
         self.fake("digits-0-stage-1-2", "exit", "70")  # the second failure: this restart waits 10 s
         self.within("a crash loop is named with its pod and reason", 5,
@@ -287,6 +310,7 @@ class Suite:
         self.quota()
         self.comes_back()
         self.scale()
+        self.dead_node()
         memory = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{first.process.pid}/status").read_text()).group(1)
         print(f"     the controller holds {int(memory) / 1024:.1f} MiB after {first.writes():.0f} writes")
         second = self.killed_in_the_middle(first)

@@ -38,7 +38,12 @@ class World {
       if (budget-- == 0) return actions;
       ObservedPod& pod = Find(ref.name);
       EXPECT_EQ(pod.uid, ref.uid);
-      EXPECT_FALSE(pod.deleting) << ref.name << " is deleted twice";
+      EXPECT_EQ(ref.force, pod.node_state == NodeState::kGone) << ref.name;
+      EXPECT_FALSE(pod.deleting && !ref.force) << ref.name << " is deleted twice";
+      if (ref.force) {
+        Lose(std::string(ref.name));
+        continue;
+      }
       pod.deleting = true;
       pod.gone_by_seconds = now + 75;
     }
@@ -53,6 +58,7 @@ class World {
       made.stage = labels.contains("qwenpipeline.dev/stage") ? std::stoi(labels["qwenpipeline.dev/stage"].get<std::string>()) : -1;
       made.epoch = std::stoi(labels["qwenpipeline.dev/epoch"].get<std::string>());
       made.revision = labels["qwenpipeline.dev/revision"];
+      made.node = FineNode();
       EXPECT_FALSE(formed_ever.contains({made.replica, made.epoch})) << name << ": that group was complete once";
       observed.pods.push_back(made);
     }
@@ -69,10 +75,24 @@ class World {
     ADD_FAILURE() << "does not come to rest: " << ReadyMessage();
     return last;
   }
-  void KubeletRuns() {  // what is deleted goes, what is there becomes ready
-    std::erase_if(observed.pods, [](const ObservedPod& pod) { return pod.deleting; });
+  void KubeletRuns() {  // what is deleted goes, what is there becomes ready; but on a node without power nothing changes
+    const auto powered = [this](const ObservedPod& pod) { return !nodes.contains(pod.node) || nodes[pod.node] == NodeState::kFine; };
+    std::erase_if(observed.pods, [&](const ObservedPod& pod) { return pod.deleting && powered(pod); });
     for (ObservedPod& pod : observed.pods)
-      if (pod.phase != PodPhase::kEnded) pod.phase = PodPhase::kRunning, pod.ready = true;
+      if (pod.phase != PodPhase::kEnded && powered(pod)) pod.phase = PodPhase::kRunning, pod.ready = true;
+  }
+  // Pods are bound to n0, n1, ... in turn, but to no node that is not fine.
+  std::string FineNode() {
+    for (int i = 0; i < kNodes; ++i) {
+      const std::string name = "n" + std::to_string(next_node++ % kNodes);
+      if (nodes[name] == NodeState::kFine) return name;
+    }
+    return "";
+  }
+  void SetNode(const std::string& name, NodeState state) {
+    nodes[name] = state;
+    for (ObservedPod& pod : observed.pods)
+      if (pod.node == name) pod.node_state = state, pod.node_trouble = state == NodeState::kFine ? "" : "node " + name + " is not ready: Gone";
   }
   void Serve() {
     Settle();
@@ -116,6 +136,9 @@ class World {
   std::set<std::string> names_ever;
   bool strict_names = true;  // false: a pod may be lost before anybody saw its group complete, and is then made again
   std::set<std::pair<int32_t, int64_t>> formed_ever;  // replica, epoch
+  static constexpr int kNodes = 4;
+  std::map<std::string, NodeState> nodes;
+  int next_node = 0;
 };
 
 TEST(Group, IsCreatedOnceAndThenLeftAlone) {
@@ -241,6 +264,92 @@ TEST(Group, BackoffDoublesUpToItsCeiling) {
   const api::Restart restart{.budget = 9, .backoff_seconds = 10};
   const std::vector<int64_t> expected = {0, 0, 10, 20, 40, 80, 160, 300, 300};
   for (size_t failures = 0; failures < expected.size(); ++failures) EXPECT_EQ(BackoffSeconds(restart, static_cast<int32_t>(failures)), expected[failures]) << failures;
+}
+
+// The head is on n0, stages on n1 and n2.
+TEST(Node, APodOnALostNodeIsLostAtOnceAndNothingWaitsForIt) {
+  World world;
+  world.observed.pipeline.spec.restart = {.budget = 0, .backoff_seconds = 10};
+  world.Serve();
+  world.SetNode("n1", NodeState::kLost);  // its pod says Running and Ready still: nobody is there to say anything else
+  const Actions actions = world.Step();
+  EXPECT_EQ(world.Pods(), "q-0-head-2 q-0-stage-0-2 q-0-stage-1-2");
+  EXPECT_EQ(world.observed.previous.restarts, 1);
+  EXPECT_NE(world.ReadyMessage().find("pod q-0-stage-0-1 is lost: node n1 is not ready"), std::string::npos) << world.ReadyMessage();
+  EXPECT_EQ(actions.delete_pods.size(), 3u);
+  world.KubeletRuns();
+  world.Settle();
+  EXPECT_TRUE(world.Is("Ready").value) << "the pod that is stuck on its node hinders nothing: " << world.ReadyMessage();
+  EXPECT_TRUE(world.Find("q-0-stage-0-1").deleting);
+  world.now += 100'000;
+  world.Settle();
+  EXPECT_EQ(world.observed.pods.size(), 4u) << "while its node may come back, its object stays";
+  EXPECT_FALSE(world.Is("Failed").value) << "a lost node is not charged to the budget, which is 0";
+
+  world.SetNode("n1", NodeState::kGone);
+  const Actions cleaned = world.Step();
+  ASSERT_EQ(cleaned.delete_pods.size(), 1u);
+  EXPECT_TRUE(cleaned.delete_pods[0].force);
+  world.Settle();
+  EXPECT_EQ(world.observed.pods.size(), 3u);
+}
+
+TEST(Node, ALossExplainsTheEndOfTheOthersButNotABadCheckpoint) {
+  World world;
+  world.Serve();
+  world.SetNode("n1", NodeState::kLost);
+  world.End("q-0-stage-1-1", 67);  // could not reach its neighbour
+  world.Step();
+  EXPECT_NE(world.ReadyMessage().find("pod q-0-stage-0-1 is lost"), std::string::npos) << world.ReadyMessage();
+  World bad;
+  bad.Serve();
+  bad.SetNode("n1", NodeState::kLost);
+  bad.End("q-0-stage-1-1", 65);
+  bad.Step();
+  EXPECT_EQ(bad.ReadyReason(), "GaveUp");
+}
+
+TEST(Node, NodesThatGoOneAfterTheOtherCostABackOffEach) {
+  World world;
+  world.observed.pipeline.spec.restart = {.budget = 0, .backoff_seconds = 10};
+  world.Serve();
+  world.SetNode("n0", NodeState::kLost);
+  world.Serve();
+  EXPECT_TRUE(world.Is("Ready").value) << world.ReadyMessage();
+  world.SetNode(world.Find("q-0-head-2").node, NodeState::kLost);
+  const Actions actions = world.Step();
+  EXPECT_EQ(actions.wake_seconds, world.now + 10) << "or a node that flaps makes epochs without end";
+  world.now += 10;
+  world.Serve();
+  EXPECT_TRUE(world.Is("Ready").value) << world.ReadyMessage();
+}
+
+TEST(Node, AHeadOnALostNodeIsNotDrained) {
+  World world;
+  world.Serve();
+  world.SetNode("n0", NodeState::kLost);
+  world.observed.pipeline.spec.suspend = true;
+  ++world.observed.generation;
+  world.Settle();
+  EXPECT_EQ(world.Pods(), "") << "stages are deleted at once";
+  world.KubeletRuns();
+  world.Settle();
+  EXPECT_EQ(world.ReadyMessage(), "group 0 is being deleted") << "which is the truth while the object is there";
+  world.SetNode("n0", NodeState::kGone);
+  world.Settle();
+  EXPECT_EQ(world.ReadyReason(), "Suspended");
+}
+
+TEST(Node, WhenTheWholeClusterSeemsLostNothingIsReplaced) {
+  World world;
+  world.Serve();
+  ObservedPod& pod = world.Find("q-0-stage-0-1");  // as the reconciler reads it when no node is fine
+  pod.node_trouble = "node n1 is not ready: NodeStatusUnknown";
+  pod.ready = false;
+  world.Settle();
+  EXPECT_EQ(world.Pods(), "q-0-head-1 q-0-stage-0-1 q-0-stage-1-1");
+  EXPECT_EQ(world.ReadyReason(), "NodeNotReady");
+  EXPECT_EQ(world.ReadyMessage(), "pod q-0-stage-0-1: node n1 is not ready: NodeStatusUnknown");
 }
 
 TEST(Scale, MoreReplicasAreFurtherGroupsWithTheirOwnEpochs) {
@@ -424,7 +533,7 @@ TEST(Chaos, WhateverHappenedWhatWasAskedForServesInTheEnd) {
     spec.restart = {.budget = 2, .backoff_seconds = 5};
     for (int event = 0; event < 60; ++event) {
       ObservedPod* pod = world.observed.pods.empty() ? nullptr : &world.observed.pods[below(world.observed.pods.size())];
-      switch (below(12)) {
+      switch (below(14)) {
         case 0: spec.replicas = static_cast<int32_t>(below(4)), ++world.observed.generation; break;
         case 1: spec.suspend = !spec.suspend, ++world.observed.generation; break;
         case 2: spec.stages.count = static_cast<int32_t>(1 + below(3)), ++world.observed.generation; break;
@@ -436,11 +545,14 @@ TEST(Chaos, WhateverHappenedWhatWasAskedForServesInTheEnd) {
         case 8: world.now += static_cast<int64_t>(below(200)); break;
         case 9: world.KubeletRuns(); break;
         case 10: if (pod && !pod->deleting) pod->deleting = true, pod->gone_by_seconds = world.now + 75; break;  // somebody else
+        case 11: world.SetNode("n" + std::to_string(below(World::kNodes)), NodeState::kLost); break;
+        case 12: world.SetNode("n" + std::to_string(below(World::kNodes)), below(2) ? NodeState::kGone : NodeState::kFine); break;
         default: world.Step(below(4)); break;
       }
       if (below(3) == 0) world.Step();
       if (::testing::Test::HasFailure()) return;
     }
+    for (int i = 0; i < World::kNodes; ++i) world.SetNode("n" + std::to_string(i), NodeState::kFine);
     spec.suspend = false;
     spec.replicas = 2;
     spec.restart.budget = 1000;

@@ -27,6 +27,7 @@ TEST(Views, APodIsWhoItsLabelsSay) {
   EXPECT_EQ(view.pod.epoch, 7);
   EXPECT_EQ(view.pod.revision, "abc");
   EXPECT_EQ(view.pod.phase, plan::PodPhase::kRunning);
+  EXPECT_EQ(view.pod.node, "");
   EXPECT_TRUE(view.pod.ready);
   EXPECT_FALSE(view.pod.deleting);
   EXPECT_FALSE(view.pod.exit_code);
@@ -66,6 +67,8 @@ TEST(Views, WhyAPodDoesNotRunIsRead) {
 TEST(Views, APodThatIsBeingDeletedKnowsUntilWhen) {
   Json pod = Pod({{"phase", "Running"}});
   pod["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:10Z";
+  pod["spec"]["nodeName"] = "n7";
+  EXPECT_EQ(DecodePod(pod).pod.node, "n7");
   EXPECT_TRUE(DecodePod(pod).pod.deleting);
   EXPECT_EQ(DecodePod(pod).pod.gone_by_seconds, 1767225610);
 }
@@ -88,6 +91,26 @@ TEST(Views, APipelineIsItsSpecItsStatusAndAnErrorWhenItCannotBeRead) {
   EXPECT_EQ(view.status.epoch, 9);
   pipeline["spec"]["fromTheFuture"] = 1;
   EXPECT_FALSE(DecodePipeline(pipeline).pipeline.ok());
+}
+
+TEST(Views, ANodeIsFineLostOrGone) {
+  const auto node = [](const char* ready, Json taints) {
+    return DecodeNode({{"metadata", {{"name", "n"}, {"resourceVersion", "3"}, {"labels", {{"a", "b"}}}}}, {"spec", {{"taints", std::move(taints)}}},
+                       {"status", {{"conditions", Json::array({{{"type", "MemoryPressure"}, {"status", "False"}},
+                                                               {{"type", "Ready"}, {"status", ready}, {"reason", "NodeStatusUnknown"}}})}}}});
+  };
+  const auto taint = [](const char* key) { return Json::array({{{"key", key}, {"effect", "NoExecute"}}}); };
+  EXPECT_EQ(node("True", Json::array()).state, plan::NodeState::kFine);
+  EXPECT_EQ(node("True", Json::array()).trouble, "");
+  EXPECT_EQ(node("True", taint("node.kubernetes.io/unschedulable")).state, plan::NodeState::kFine) << "cordoned nodes work";
+  EXPECT_EQ(node("Unknown", Json::array()).state, plan::NodeState::kLost);
+  EXPECT_EQ(node("Unknown", Json::array()).trouble, "node n is not ready: NodeStatusUnknown");
+  EXPECT_EQ(node("False", Json::array()).state, plan::NodeState::kLost);
+  EXPECT_EQ(node("True", taint("node.kubernetes.io/unreachable")).trouble, "node n is unreachable");
+  EXPECT_EQ(node("Unknown", taint("node.kubernetes.io/out-of-service")).state, plan::NodeState::kGone);
+  EXPECT_EQ(node("True", Json::array()).meta.key.ToString(), "n");
+  EXPECT_TRUE(node("True", Json::array()).meta.labels.empty()) << "ten thousand nodes are many labels";
+  EXPECT_EQ(DecodeNode({{"metadata", {{"name", "new"}}}}).state, plan::NodeState::kFine) << "one that has said nothing yet has no pods of ours";
 }
 
 TEST(Views, AServiceKnowsWhatWasApplied) {
