@@ -13,6 +13,8 @@ constexpr int32_t kUser = 65532;  // "nonroot" of the common base images
 // Loading may take an hour from a slow volume; meanwhile /healthz answers, so a process that hangs before it listens is what
 // this bounds.
 constexpr int32_t kStartupSeconds = 3600;
+// The first probe meets a process that does not listen yet; a group that starts again waits this long for the second.
+constexpr int32_t kStartupPeriodSeconds = 1;
 // Beyond the drain: what closing connections and freeing a GPU take.
 constexpr int32_t kGraceSlackSeconds = 15;
 
@@ -77,7 +79,7 @@ json Container(const api::QwenPipeline& pipeline, const Process& process, const 
                     {"image", image},
                     {"command", {process.program}},
                     {"args", process.args},
-                    {"startupProbe", Probe(contract::kHealthPath, probed, 10, kStartupSeconds / 10)},
+                    {"startupProbe", Probe(contract::kHealthPath, probed, kStartupPeriodSeconds, kStartupSeconds / kStartupPeriodSeconds)},
                     {"livenessProbe", Probe(contract::kHealthPath, probed, 10, 3)},
                     {"readinessProbe", Probe(contract::kReadyPath, probed, 2, 1)},
                     {"securityContext",

@@ -95,6 +95,7 @@ TEST(Objects, TheProcessesFindEachOtherTheModelAndTheSecret) {
   EXPECT_FALSE(head["spec"]["containers"][0].contains("resources"));
   EXPECT_EQ(container["readinessProbe"]["httpGet"]["path"], "/ready");
   EXPECT_EQ(container["livenessProbe"]["httpGet"]["path"], "/healthz");
+  EXPECT_EQ(container["startupProbe"]["periodSeconds"], 1) << "a restart waits for the second probe: the first comes before the process listens";
   const json mount = {{"name", "model"}, {"mountPath", "/model"}, {"readOnly", true}, {"subPath", "a/b"}};
   EXPECT_EQ(container["volumeMounts"][0], mount);
   EXPECT_EQ(stage["spec"]["volumes"][0]["persistentVolumeClaim"], (json{{"claimName", "weights"}, {"readOnly", true}}));
