@@ -12,6 +12,7 @@
 #include "stage/kernels/decode_linear.h"
 #include "stage/kernels/embedding.h"
 #include "stage/kernels/moe_decode.h"
+#include "stage/kernels/moe_grouped.h"
 #include "stage/kernels/moe_prefill.h"
 #include "stage/kernels/moe_stream.h"
 #include "stage/kernels/rms_norm.h"
@@ -137,6 +138,7 @@ FusedStage::FusedStage(const contract::ModelShape& shape, const model::StageMode
       l.gate_up = Find(tensors, p + "mlp.experts.gate_up_proj").contiguous();
       l.down = Find(tensors, p + "mlp.experts.down_proj").contiguous();
       KERNEL(MakeMoeStreamWeights(MoeArgs(shape, 1), Bf16(l.gate_up), Bf16(l.down), &l.stream));
+      KERNEL(MakeMoeGroupedWeights(MoeArgs(shape, 1), Bf16(l.gate_up), Bf16(l.down), &l.grouped));
     } else {
       l.gate_up = Merge(tensors, {p + "mlp.gate_proj.weight", p + "mlp.up_proj.weight"});
       l.down = Find(tensors, p + "mlp.down_proj.weight").contiguous();
@@ -577,12 +579,9 @@ at::Tensor FusedStage::PrefillMlp(const Layer& layer, at::Tensor hidden, const a
   const at::Tensor source = at::empty({assignments}, int32), row_of = at::empty({assignments}, int32);
   const kernels::MoePermutation permutation{Int32(expert_of), Bf16(weight_of), Int32(counts), Int32(ends), Int32(source), Int32(row_of)};
   KERNEL(MoePermute(moe, Bf16(logits), permutation, shape_.moe->norm_topk_prob, stream_));
-  const at::Tensor rows = at::empty({assignments, moe.hidden}, hidden.options());
-  KERNEL(GatherRows(Bf16(normed), Int32(source), Bf16(rows), static_cast<int>(assignments), moe.hidden, stream_));
-  const at::Tensor gate_up = at::_grouped_mm(rows, layer.gate_up.transpose(1, 2), ends);
-  const at::Tensor active = at::empty({assignments, moe.inter}, hidden.options());
-  KERNEL(SiluMul(Bf16(gate_up), Bf16(active), static_cast<int>(assignments), moe.inter, stream_));
-  const at::Tensor down = at::_grouped_mm(active, layer.down.transpose(1, 2), ends);
+  const at::Tensor active = at::empty({assignments, moe.inter}, hidden.options()), down = at::empty({assignments, moe.hidden}, hidden.options());
+  KERNEL(MoeGroupedGateUp(moe, Bf16(normed), layer.grouped, permutation, Bf16(active), stream_));
+  KERNEL(MoeGroupedDown(moe, Bf16(active), layer.grouped, permutation, Bf16(down), stream_));
   KERNEL(MoePrefillCombine(moe, Bf16(down), permutation, Bf16(hidden), Bf16(hidden), stream_));
   return hidden;
 }

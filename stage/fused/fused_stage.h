@@ -1,5 +1,5 @@
 // stage/fused/fused_stage.h — the CUDA backend of a stage's layers: the kernels of stage/kernels, one CUDA graph for each
-// batch size of decode, and for prompts the same kernels around LibTorch's products (cuBLAS, grouped_mm, flash attention).
+// batch size of decode, and for prompts more kernels around LibTorch's dense products (cuBLAS, cuDNN and flash attention).
 //
 // What it takes: sm_90, bf16, head_dim 128, no attention bias, sizes that the kernels want (Unfit says which); dense and
 // MoE layers. Everything else is kUnimplemented and runs on the reference.
@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "stage/contract/model_shape.h"
+#include "stage/kernels/moe_grouped.h"
 #include "stage/kernels/moe_stream.h"
 #include "stage/model/stage_backend.h"
 #include "stage/model/stage_model.h"
@@ -48,6 +49,7 @@ class FusedStage final : public model::StageBackend {
     at::Tensor router;            // (experts, H); undefined in a dense layer
     at::Tensor gate_up, down;     // (experts, 2I, H), (experts, H, I); dense: (2I, H), (H, I)
     kernels::MoeStreamWeights stream;  // how the streaming kernels find gate_up and down of a MoE layer
+    kernels::MoeGroupedWeights grouped;  // and those of a prompt
     at::Tensor k_cache, v_cache;  // (blocks, block_tokens, kv_heads, 128)
   };
   // What the kernels read of a plan. One pinned buffer and its copy on the device, so a step costs one transfer.

@@ -88,4 +88,11 @@ void PrintRow(const std::string& name, double seconds, double bytes) {
   std::fflush(stdout);
 }
 
+void PrintProductRow(const std::string& name, double seconds, double bytes, double flop) {
+  const double bound = std::max(bytes / CopyBandwidth(), flop / 750e12);
+  std::printf("{\"suite\":\"kernels\",\"case\":\"%s\",\"us\":%.2f,\"GBps\":%.0f,\"TFLOPs\":%.0f,\"share\":%.3f}\n", name.c_str(), seconds * 1e6,
+              bytes / seconds / 1e9, flop / seconds / 1e12, bound / seconds);
+  std::fflush(stdout);
+}
+
 }  // namespace qwen::kernels::testing

@@ -96,5 +96,8 @@ double TimeGraph(const std::function<void(int, cudaStream_t)>& enqueue, int call
 double CopyBandwidth();  // bytes/s, read + written, measured once per process
 // One row: {"suite":"kernels","case":...,"us":...,"GBps":...,"share":...}
 void PrintRow(const std::string& name, double seconds, double bytes);
+// The same for a product that many tokens make: "share" is of the larger bound, bytes at copy bandwidth or `flop` at the 750
+// TFLOP/s that cuBLAS reaches on an H200 in bf16; "TFLOPs" is said too.
+void PrintProductRow(const std::string& name, double seconds, double bytes, double flop);
 
 }  // namespace qwen::kernels::testing

@@ -1,0 +1,293 @@
+#include <cudaTypedefs.h>
+
+#include "stage/kernels/common/async.cuh"
+#include "stage/kernels/common/launch.cuh"
+#include "stage/kernels/common/limits.h"
+#include "stage/kernels/common/wgmma_wide.cuh"
+#include "stage/kernels/moe_grouped.h"
+
+namespace qwen::kernels {
+namespace {
+
+constexpr int kTokensMax = 192;  // of a tile: two accumulators of 64 x 192 fill a thread's registers
+constexpr int kStep = 16;        // a tile's tokens are a multiple of it
+constexpr int kChunk = 64;       // columns of a step: 128 bytes, the width of the swizzle
+constexpr int kStages = 3;
+constexpr int kGroup = 128;         // threads of a warpgroup
+constexpr int kThreads = 3 * kGroup;  // one loads, two multiply
+constexpr int kHalf = 64 * kChunk * 2;  // bytes of 64 weight rows of a step
+constexpr int kBoxBytes = 2 * kHalf;    // one warpgroup's weights of a step, one bulk copy
+constexpr int kTokenBytes = kTokensMax * kChunk * 2;
+
+struct Shared {
+  alignas(1024) unsigned char weights[kStages][2 * kBoxBytes];
+  alignas(1024) unsigned char tokens[kStages][kTokenBytes];
+  alignas(1024) unsigned char result[2][kTokensMax * 128];  // of each multiplying warpgroup: 64 columns of its tokens
+  int first_tile[kMaxExperts + 1];                          // of each expert
+  int end[kMaxExperts];
+  uint64_t full[kStages], empty[kStages];
+};
+
+struct GroupedArgs {
+  MoeShapeArgs shape;
+  const int32_t* end;      // (experts)
+  const int32_t* source;   // gate-up: token of each sorted row
+  const __nv_bfloat16* x;  // gate-up: (tokens, hidden); down: (assignments, inter)
+  __nv_bfloat16* out;      // gate-up: (assignments, inter); down: (assignments, hidden)
+};
+
+struct Tile {
+  int expert, block;      // `block`: which 256 weight rows
+  int first, tokens, padded;  // sorted rows [first, first + tokens), padded to a multiple of kStep
+};
+
+__device__ __forceinline__ int TokenTiles(int tokens) { return (tokens + kTokensMax - 1) / kTokensMax; }
+
+// Tile `index` of the list: by expert, then block of weights, then tokens; so neighbours share what the L2 cache holds.
+__device__ __forceinline__ Tile FindTile(const Shared& sm, int experts, int index) {
+  int low = 0, high = experts - 1;  // the last expert that begins at or before index, among those with tiles
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (sm.first_tile[middle] <= index) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  const int begin = low == 0 ? 0 : sm.end[low - 1], count = sm.end[low] - begin, parts = TokenTiles(count);
+  const int within = index - sm.first_tile[low], part = within % parts;
+  const int share = ((count + parts - 1) / parts + kStep - 1) / kStep * kStep;
+  Tile tile;
+  tile.expert = low;
+  tile.block = within / parts;
+  tile.first = begin + part * share;
+  tile.tokens = min(share, count - part * share);
+  tile.padded = (tile.tokens + kStep - 1) / kStep * kStep;
+  return tile;
+}
+
+// The list of tiles, in every block for itself: the host does not know how many tokens an expert has. All threads.
+__device__ __forceinline__ void ListTiles(Shared& sm, const GroupedArgs& args, int blocks) {
+  const int experts = args.shape.experts;
+  for (int e = threadIdx.x; e < experts; e += kThreads) sm.end[e] = args.end[e];
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    constexpr int kPerLane = kMaxExperts / 32;
+    int own[kPerLane], sum = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int e = static_cast<int>(threadIdx.x) * kPerLane + i;
+      own[i] = sum;
+      if (e < experts) sum += TokenTiles(sm.end[e] - (e > 0 ? sm.end[e - 1] : 0)) * blocks;
+    }
+    int before = sum;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset <<= 1) {
+      const int v = __shfl_up_sync(0xffffffffu, before, offset);
+      if (static_cast<int>(threadIdx.x) >= offset) before += v;
+    }
+    before -= sum;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int e = static_cast<int>(threadIdx.x) * kPerLane + i;
+      if (e <= experts) sm.first_tile[e] = before + own[i];
+    }
+    if (threadIdx.x == 31 && experts == kMaxExperts) sm.first_tile[experts] = before + sum;
+  }
+  __syncthreads();
+}
+
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void Advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <bool kGateUp>
+__device__ __forceinline__ void Load(Shared& sm, Ring& ring, const CUtensorMap& map, const GroupedArgs& args, const Tile& tile, int chunks) {
+  const int thread = threadIdx.x, piece = thread % 8, row = thread / 8;
+  const int columns = kGateUp ? args.shape.hidden : args.shape.inter;
+  // Rows row, row + 16, ... of the tile; those past its end repeat the last. Offsets in pieces of 16 bytes.
+  uint32_t from[kTokensMax / 16];
+#pragma unroll
+  for (int i = 0; i < kTokensMax / 16; ++i) {
+    const int sorted = tile.first + min(row + 16 * i, tile.tokens - 1);
+    from[i] = static_cast<uint32_t>(kGateUp ? args.source[sorted] : sorted) * static_cast<uint32_t>(columns / 8) + piece;
+  }
+  const uint4* x = reinterpret_cast<const uint4*>(args.x);
+  const uint32_t to = SharedAddress(sm.tokens[0]) + row * 128 + (piece ^ (row % 8)) * 16;
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    BarrierWait(&sm.empty[ring.stage], ring.parity ^ 1);
+    if (thread == 0) {
+      BarrierArriveExpect(&sm.full[ring.stage], 2 * kBoxBytes);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int weight_row = kGateUp ? tile.block * 128 + half * 64 : tile.block * 256 + half * 128;
+        LoadTile4(sm.weights[ring.stage] + half * kBoxBytes, &map, &sm.full[ring.stage], chunk * kChunk, weight_row, 0, tile.expert);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTokensMax / 16; ++i) {
+      if (i * 16 < tile.padded) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + ring.stage * kTokenBytes + i * 2048), "l"(x + from[i] + chunk * (kChunk / 8)) : "memory");
+      }
+    }
+    BarrierArriveCopies(&sm.full[ring.stage]);
+    ring.Advance();
+  }
+}
+
+// 64 columns of the result for the warpgroup's tokens: transposed through shared memory, so that rows are written whole.
+template <int kN, typename Value>
+__device__ __forceinline__ void Store(unsigned char* staging, int barrier, const Tile& tile, __nv_bfloat16* out, size_t row_stride, Value&& value) {
+  const int thread = threadIdx.x % kGroup, warp = thread / 32, lane = thread % 32;
+  WarpgroupSync(barrier);  // the last tile's rows have been read
+  const int token = lane % 8 + lane / 16 * 8;  // of 16
+  const uint32_t to = SharedAddress(staging) + token * 128 + ((warp * 2 + lane / 8 % 2) ^ (token % 8)) * 16;
+#pragma unroll
+  for (int j = 0; j < kN / 16; ++j) {
+    StoreMatrix4Transposed(to + j * 16 * 128, value(8 * j), value(8 * j + 2), value(8 * j + 4), value(8 * j + 6));
+  }
+  WarpgroupSync(barrier);
+  const int piece = thread % 8;
+#pragma unroll
+  for (int i = 0; i < kN / 16; ++i) {
+    const int row = thread / 8 + 16 * i;
+    if (row < tile.tokens) {
+      *reinterpret_cast<uint4*>(out + static_cast<size_t>(tile.first + row) * row_stride + piece * 8) =
+          *reinterpret_cast<const uint4*>(staging + row * 128 + (piece ^ (row % 8)) * 16);
+    }
+  }
+}
+
+template <bool kGateUp, int kN>
+__device__ __forceinline__ void Multiply(Shared& sm, Ring& ring, const GroupedArgs& args, const Tile& tile, int chunks, int group) {
+  const int lane = threadIdx.x % 32;
+  float acc[2][kN / 2] = {};  // gate and up of the same rows, or 64 rows and the 64 after them
+  int before = -1;            // the stage whose products may still be running
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    BarrierWait(&sm.full[ring.stage], ring.parity);
+    FenceAsyncProxy();  // the gathered pieces were written by generic copies
+    const uint64_t a0 = MatrixDescriptor(sm.weights[ring.stage] + group * kBoxBytes), a1 = MatrixDescriptor(sm.weights[ring.stage] + group * kBoxBytes + kHalf);
+    const uint64_t b = MatrixDescriptor(sm.tokens[ring.stage]);
+    WgmmaFence();
+#pragma unroll
+    for (int k = 0; k < kChunk / 16; ++k) {  // 32 bytes further in the swizzled row
+      WgmmaWide<kN>(acc[0], a0 + 2 * k, b + 2 * k);
+      WgmmaWide<kN>(acc[1], a1 + 2 * k, b + 2 * k);
+    }
+    WgmmaCommit();
+    WgmmaWait<1>();
+    if (before >= 0 && lane == 0) BarrierArrive(&sm.empty[before]);
+    before = ring.stage;
+    ring.Advance();
+  }
+  WgmmaWait<0>();
+  if (lane == 0) BarrierArrive(&sm.empty[before]);
+  unsigned char* staging = sm.result[group];
+  if constexpr (kGateUp) {
+    const auto active = [&](int i) {
+      const float gate = RoundBf16(acc[0][i]);
+      return RoundBf16(__fdividef(gate, 1.0f + __expf(-gate))) * RoundBf16(acc[1][i]);
+    };
+    Store<kN>(staging, 1 + group, tile, args.out + tile.block * 128 + group * 64, args.shape.inter, [&](int i) { return PackBf16(active(i), active(i + 1)); });
+  } else {
+    __nv_bfloat16* out = args.out + tile.block * 256 + group * 128;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      Store<kN>(staging, 1 + group, tile, out + half * 64, args.shape.hidden, [&](int i) { return PackBf16(acc[half][i], acc[half][i + 1]); });
+    }
+  }
+}
+
+template <bool kGateUp>
+__global__ void __launch_bounds__(kThreads, 1) MoeGroupedKernel(const __grid_constant__ CUtensorMap map, const GroupedArgs args) {
+  extern __shared__ unsigned char raw[];
+  Shared& sm = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t{1023});
+  const int blocks = kGateUp ? args.shape.inter / 128 : args.shape.hidden / 256;  // of one expert's weights
+  const int chunks = (kGateUp ? args.shape.hidden : args.shape.inter) / kChunk;
+  if (threadIdx.x == 0) {
+    PrefetchMap(&map);
+    for (int s = 0; s < kStages; ++s) {
+      BarrierInit(&sm.full[s], 1 + kGroup);  // the bulk copies' bytes, and every loading thread's pieces
+      BarrierInit(&sm.empty[s], 2 * kGroup / 32);
+    }
+    FenceBarrierInit();
+  }
+  GridDependencyWait();
+  GridDependencyLaunch();
+  ListTiles(sm, args, blocks);
+  const int tiles = sm.first_tile[args.shape.experts];
+  Ring ring;
+  if (threadIdx.x < kGroup) {
+    ReleaseRegisters<40>();
+    for (int index = blockIdx.x; index < tiles; index += gridDim.x) Load<kGateUp>(sm, ring, map, args, FindTile(sm, args.shape.experts, index), chunks);
+    CopyAsyncCommit();
+    CopyAsyncWait<0>();  // no copy may land after the block has ended
+    return;
+  }
+  ClaimRegisters<232>();
+  const int group = static_cast<int>(threadIdx.x) / kGroup - 1;
+  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+    const Tile tile = FindTile(sm, args.shape.experts, index);
+    switch (tile.padded / kStep) {
+#define QP_CASE(i) \
+  case i: Multiply<kGateUp, i * kStep>(sm, ring, args, tile, chunks, group); break;
+      QP_CASE(1) QP_CASE(2) QP_CASE(3) QP_CASE(4) QP_CASE(5) QP_CASE(6) QP_CASE(7) QP_CASE(8) QP_CASE(9) QP_CASE(10) QP_CASE(11) QP_CASE(12)
+#undef QP_CASE
+      default: break;
+    }
+  }
+}
+
+template <bool kGateUp>
+cudaError_t LaunchGrouped(const CUtensorMap& map, const GroupedArgs& args, cudaStream_t stream) {
+  const MoeShapeArgs& s = args.shape;
+  if (s.tokens < 1 || s.hidden < 256 || s.hidden % 256 != 0 || s.inter < 128 || s.inter % 128 != 0 || s.experts < 1 || s.experts > kMaxExperts) return cudaErrorInvalidValue;
+  // Offsets of pieces are 32 bits.
+  if (static_cast<int64_t>(s.tokens) * s.top_k * (s.hidden > s.inter ? s.hidden : s.inter) / 8 >= int64_t{1} << 32) return cudaErrorInvalidValue;
+  int device = 0, multiprocessors = 0;
+  if (cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
+  if (cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device); e != cudaSuccess) return e;
+  return Launch(MoeGroupedKernel<kGateUp>, {.grid = dim3(multiprocessors), .block = dim3(kThreads), .shared_bytes = sizeof(Shared) + 1024}, stream, map, args);
+}
+
+// A matrix (experts, halves, rows, columns) in boxes of 64 columns and 128 rows, or 64 rows of each half.
+cudaError_t MakeMap(const __nv_bfloat16* weights, int columns, int rows, int halves, int experts, CUtensorMap* out) {
+  void* entry = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  if (cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found); e != cudaSuccess) return e;
+  if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  const auto encode = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
+  const cuuint64_t row_bytes = static_cast<cuuint64_t>(columns) * 2;
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(halves), static_cast<cuuint64_t>(experts)};
+  const cuuint64_t strides[3] = {row_bytes, row_bytes * rows, row_bytes * rows * halves};
+  const cuuint32_t box[4] = {kChunk, static_cast<cuuint32_t>(128 / halves), static_cast<cuuint32_t>(halves), 1}, steps[4] = {1, 1, 1, 1};
+  const CUresult result = encode(out, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<__nv_bfloat16*>(weights), sizes, strides, box, steps,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t MakeMoeGroupedWeights(const MoeShapeArgs& shape, const __nv_bfloat16* gate_up, const __nv_bfloat16* down, MoeGroupedWeights* out) {
+  if (cudaError_t e = MakeMap(gate_up, shape.hidden, shape.inter, 2, shape.experts, &out->gate_up); e != cudaSuccess) return e;
+  return MakeMap(down, shape.inter, shape.hidden, 1, shape.experts, &out->down);
+}
+
+cudaError_t MoeGroupedGateUp(const MoeShapeArgs& shape, const __nv_bfloat16* x, const MoeGroupedWeights& weights, const MoePermutation& permutation,
+                             __nv_bfloat16* active, cudaStream_t stream) {
+  return LaunchGrouped<true>(weights.gate_up, {shape, permutation.end, permutation.source, x, active}, stream);
+}
+
+cudaError_t MoeGroupedDown(const MoeShapeArgs& shape, const __nv_bfloat16* active, const MoeGroupedWeights& weights, const MoePermutation& permutation,
+                           __nv_bfloat16* sorted, cudaStream_t stream) {
+  return LaunchGrouped<false>(weights.down, {shape, permutation.end, permutation.source, active, sorted}, stream);
+}
+
+}  // namespace qwen::kernels
