@@ -2,15 +2,23 @@
 """The whole product on GPUs, over HTTP: the demo checkpoint's answers, a split against one stage, and a bench of a full-size
 shape with generated weights. Used by tests/gpu/run; alone:
 
-usage: tests/gpu/serve.py --bin build/bin [--stages 1,2] [--shape Qwen3-VL-30B-A3B] [--clients 1,8,32] [--out FILE]
+usage: tests/gpu/serve.py --bin build/bin [--stages 1,2] [--shape Qwen3-VL-30B-A3B] [--load 1:1024:128,...] [--soak SECONDS]
+  --load   clients:prompt tokens:output tokens; every client sends one request, all at once
+  --soak   then keeps 64 clients busy for so long (random lengths, a tenth of them hang up) and says whether memory stayed flat
 Prints JSON rows ({suite, case, unit, ours}); exit code 1 when an answer is wrong.
 """
 import argparse
 import json
+import random
+import re
 import shutil
+import socket
+import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,15 +64,81 @@ def digits(qwenctl: str, stages: int, extra: dict) -> tuple[int, int]:
     return sum(path.stem.split("-")[1] in answer for path, answer in zip(pictures, answers)), len(pictures)
 
 
+def metric(url: str, name: str) -> float:
+    """The sum over labels of one series of the head's /metrics."""
+    with urllib.request.urlopen(url + "/metrics", timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(re.escape(name) + r"(\{|\s)", line))
+
+
+def resident_mib(pid: int) -> float:
+    """RSS of a process and its children."""
+    total = 0
+    for entry in [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]:
+        status = Path(f"/proc/{entry}/status").read_text()
+        total += int(re.search(r"VmRSS:\s+(\d+)", status).group(1))
+    return total / 1024
+
+
+def gpu_mib() -> float:
+    lines = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True).stdout
+    return sum(map(float, lines.split()))
+
+
+def soak(pipeline, seconds: float, row, name: str) -> list[str]:
+    """64 clients for so long; memory of the second half against the first quarter's end."""
+    until, samples, finished, failed = time.monotonic() + seconds, [], [0], []
+
+    def client(seed):
+        chance = random.Random(seed)
+        while time.monotonic() < until:
+            prompt, output = [chance.randrange(500) for _ in range(chance.randrange(8, 2048))], chance.randrange(4, 256)
+            body = {"model": "parity", "prompt": prompt, "max_tokens": output, "temperature": 0.8, "seed": seed, "ignore_eos": True}
+            try:
+                if chance.random() < 0.1:  # asks and hangs up
+                    host, port = pipeline.url.removeprefix("http://").split(":")
+                    data = json.dumps(body | {"stream": True}).encode()
+                    with socket.create_connection((host, int(port)), 30) as connection:
+                        connection.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+                        connection.recv(1000)
+                else:
+                    got = pipeline.post("/v1/completions", body)["usage"]["completion_tokens"]
+                    if got != output:
+                        failed.append(f"{got} tokens of {output}")
+                    finished[0] += 1
+            except Exception as error:  # noqa: BLE001 - every failed request counts
+                failed.append(str(error)[:200])
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(64)]
+    for thread in threads:
+        thread.start()
+    while time.monotonic() < until:
+        time.sleep(min(5.0, seconds / 20))
+        samples.append((resident_mib(pipeline.process.pid), gpu_mib()))
+    for thread in threads:
+        thread.join()
+    quarter, half = samples[:len(samples) // 4 + 1], samples[len(samples) // 2:]
+    row(f"{name}.soak.requests", "finished", finished[0])
+    for index, what in enumerate(("host", "gpu")):
+        row(f"{name}.soak.{what}_memory.after_a_quarter", "MiB", round(quarter[-1][index]))
+        row(f"{name}.soak.{what}_memory.most_in_second_half", "MiB", round(max(sample[index] for sample in half)))
+    wrong = [f"soak: {len(failed)} requests failed, the first: {failed[0]}"] if failed else []
+    time.sleep(1)
+    for gauge in ("qwen_requests_running", "qwen_requests_waiting"):
+        if metric(pipeline.url, gauge) != 0:
+            wrong.append(f"soak: {gauge} did not return to 0")
+    return wrong
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bin", default=ROOT / "build/bin", type=Path)
     parser.add_argument("--stages", default="1")
     parser.add_argument("--device", default="Cuda")
     parser.add_argument("--shape", default="")
-    parser.add_argument("--clients", default="1,8,32")
-    parser.add_argument("--prompt", type=int, default=1024)
-    parser.add_argument("--output", type=int, default=128)
+    parser.add_argument("--load", default="1:1024:128,8:1024:128,32:1024:128")
+    parser.add_argument("--soak", type=float, default=0)
+    parser.add_argument("--skip-digits", action="store_true")
     args = parser.parse_args()
     qwenctl = str(args.bin / "qwenctl")
     wrong, alone = [], {}  # alone: stages -> tokens of a few prompts, one at a time
@@ -73,36 +147,47 @@ def main() -> int:
         print(json.dumps({"suite": "serve", "case": case, "unit": unit, "ours": value}), flush=True)
 
     for stages in map(int, args.stages.split(",")):
-        right, asked = digits(qwenctl, stages, {"device": args.device})
-        row(f"digits.stages{stages}.right", f"of {asked}", right)
-        if right < asked:
-            wrong.append(f"{asked - right} digits on {stages} stages")
+        if not args.skip_digits:
+            right, asked = digits(qwenctl, stages, {"device": args.device})
+            row(f"digits.stages{stages}.right", f"of {asked}", right)
+            if right < asked:
+                wrong.append(f"{asked - right} digits on {stages} stages")
         if not args.shape:
             continue
         with tempfile.TemporaryDirectory() as folder:
             served.READY_SECONDS = 400
-            engine = {"device": args.device, "maxSequences": 256, "maxBatchTokens": 8192, "kvCacheTokens": 262144, "threads": 8}
-            spec = served.manifest(shape_folder(args.shape, Path(folder)), stages=stages, dtype="BFloat16", engine=engine, model={"maxModelLen": 4096})
+            engine = {"device": args.device, "maxSequences": 256, "maxBatchTokens": 8192, "kvCacheTokens": 335872, "threads": 8}
+            spec = served.manifest(shape_folder(args.shape, Path(folder)), stages=stages, dtype="BFloat16", engine=engine, model={"maxModelLen": 10240})
             with served.Pipeline(qwenctl, spec, ["--random-weights", "1"]) as pipeline:
-                prompt = [(i * 7919) % 500 for i in range(args.prompt)]
-
-                def generate(seed):
-                    body = pipeline.post("/v1/completions", {"model": "parity", "prompt": [seed % 500] + prompt, "max_tokens": args.output,
-                                                             "temperature": 0, "ignore_eos": True, "return_token_ids": True})
+                def generate(seed, prompt, output):
+                    # A first token of its own: nothing of a prompt is found in the prefix cache.
+                    tokens = [seed % 500] + [(i * 7919 + seed // 500) % 500 for i in range(prompt - 1)]
+                    body = pipeline.post("/v1/completions", {"model": "parity", "prompt": tokens, "max_tokens": output, "temperature": 0,
+                                                             "ignore_eos": True, "return_token_ids": True})
                     return body["choices"][0]["token_ids"], body["usage"]["completion_tokens"]
 
-                alone[stages] = [generate(seed)[0] for seed in range(4)]
+                alone[stages] = [generate(seed, 1024, 128)[0] for seed in range(4)]
                 same = sum(a == b for a, b in zip(alone[stages], next(iter(alone.values()))))
                 row(f"{args.shape}.stages{stages}.same_tokens_as_first_split", "of 4", same)
                 if same < 4:
                     wrong.append(f"{4 - same} answers on {stages} stages differ")
-                for clients in map(int, args.clients.split(",")):
+                for number, load in enumerate(args.load.split(",")):
+                    clients, prompt, output = map(int, load.split(":"))
+                    series = {name: f"qwen_{name}_seconds" for name in ("time_to_first_token", "inter_token_latency")}
+                    before = {n: [metric(pipeline.url, s + end) for end in ("_sum", "_count")] for n, s in series.items()}
                     with ThreadPoolExecutor(clients) as pool:
                         start = time.monotonic()
-                        done = list(pool.map(generate, range(clients * 100, clients * 101)))
+                        done = list(pool.map(lambda i: generate(number * 1000 + i, prompt, output), range(100, 100 + clients)))
                         seconds = time.monotonic() - start
+                    name = f"{args.shape}.stages{stages}.http.clients{clients}.in{prompt}.out{output}"
                     tokens = sum(count for _, count in done)
-                    row(f"{args.shape}.stages{stages}.http.clients{clients}.in{args.prompt}.out{args.output}", "output tok/s", tokens / seconds)
+                    row(name, "output tok/s", round(tokens / seconds, 1))
+                    row(name + ".total", "tok/s in and out", round((tokens + clients * prompt) / seconds, 1))
+                    for n, s in series.items():
+                        total, count = (metric(pipeline.url, s + end) - old for end, old in zip(("_sum", "_count"), before[n]))
+                        row(f"{name}.{n}", "ms", round(total / max(count, 1) * 1e3, 3))
+                if args.soak > 0:
+                    wrong += soak(pipeline, args.soak, row, f"{args.shape}.stages{stages}")
     for what in wrong:
         print(f"WRONG: {what}", file=sys.stderr)
     return 1 if wrong else 0
