@@ -42,6 +42,8 @@ Status MessageStream::WriteFrame(const std::string& frame, Deadline deadline, co
   return socket_.WriteAll(std::as_bytes(std::span(frame.data(), frame.size())), deadline, interrupt);
 }
 
+Result<size_t> MessageStream::WriteNow(const std::string& frame) { return socket_.WriteNow(std::as_bytes(std::span(frame.data(), frame.size()))); }
+
 ControlChannel::ControlChannel(std::unique_ptr<MessageStream> stream, Options options)
     : options_(std::move(options)), peer_(stream->socket().peer()), stream_(std::move(stream)), last_heard_micros_(NowMicros()) {
   QP_CHECK(options_.heartbeat_interval.count() > 0 && options_.queue_frames_max > 0);
@@ -64,7 +66,9 @@ Status ControlChannel::SendSource(FrameSource source) { return Enqueue({nullptr,
 Status ControlChannel::Enqueue(Outgoing item) {
   const size_t bytes = item.frame ? item.frame->size() : 0;
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (!closed_.ok()) return closed_;
+    if (item.frame && !writing_ && rest_.empty() && queue_.empty() && WriteAtOnce(*item.frame, lock)) return OkStatus();
     if (!closed_.ok()) return closed_;
     // One frame always fits, however large: the bound is on what waits behind others.
     if (queue_.size() >= options_.queue_frames_max || (!queue_.empty() && queue_bytes_ + bytes > options_.queue_bytes_max)) {
@@ -75,6 +79,19 @@ Status ControlChannel::Enqueue(Outgoing item) {
   }
   changed_.notify_all();
   return OkStatus();
+}
+
+// True when `frame` needs nothing more: it was written, or has begun to leave and its rest waits for the writer thread.
+bool ControlChannel::WriteAtOnce(const std::string& frame, std::unique_lock<std::mutex>& lock) {
+  writing_ = true;
+  lock.unlock();
+  const Result<size_t> written = stream_->WriteNow(frame);
+  lock.lock();
+  writing_ = false;
+  const bool begun = written.ok() && *written > 0;  // a fault of the socket is met again, and reported, by the writer thread
+  if (begun) rest_ = frame.substr(*written);
+  if (!rest_.empty() || !queue_.empty() || awaiting_turn_ > 0) changed_.notify_all();
+  return begun;
 }
 
 void ControlChannel::ClearQueue() {
@@ -132,8 +149,11 @@ void ControlChannel::Close(Status reason) {
 
 bool ControlChannel::Flush(std::chrono::microseconds timeout) {
   std::unique_lock<std::mutex> lock(mutex_);
-  changed_.wait_for(lock, timeout, [&] { return !closed_.ok() || (queue_.empty() && !writing_); });
-  return queue_.empty() && !writing_;
+  const auto empty = [&] { return queue_.empty() && rest_.empty() && !writing_; };
+  ++awaiting_turn_;
+  changed_.wait_for(lock, timeout, [&] { return !closed_.ok() || empty(); });
+  --awaiting_turn_;
+  return empty();
 }
 
 Status ControlChannel::WriteFrame(const std::string& frame) {
@@ -163,27 +183,33 @@ Status ControlChannel::WriteOut(const Outgoing& item) {
 void ControlChannel::WriterLoop() {
   for (;;) {
     Outgoing item;
-    bool have_item = false;
+    bool begun = false;
     {
       std::unique_lock<std::mutex> lock(mutex_);
-      changed_.wait_until(lock, next_heartbeat_, [&] { return !closed_.ok() || !queue_.empty(); });
+      changed_.wait_until(lock, next_heartbeat_, [&] { return !closed_.ok() || (!writing_ && !(queue_.empty() && rest_.empty())); });
+      ++awaiting_turn_;
+      changed_.wait(lock, [&] { return !closed_.ok() || !writing_; });
+      --awaiting_turn_;
       if (!closed_.ok()) return;
-      if (!queue_.empty()) {
+      writing_ = true;
+      begun = !rest_.empty();
+      if (begun) {
+        item.frame = std::make_shared<const std::string>(std::exchange(rest_, {}));
+      } else if (!queue_.empty()) {
         item = std::move(queue_.front());
         queue_.pop_front();
         if (item.frame) queue_bytes_ -= item.frame->size();
-        have_item = writing_ = true;
       }
     }
-    Status status = WriteHeartbeatIfDue();
-    if (status.ok() && have_item) status = WriteOut(item);
+    Status status = begun ? OkStatus() : WriteHeartbeatIfDue();  // not inside a frame
+    if (status.ok() && (item.frame || item.source)) status = WriteOut(item);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      writing_ = false;
+    }
     if (!status.ok()) {
       Close(status.WithContext("to " + peer_));
       return;
-    }
-    if (have_item) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      writing_ = false;
     }
     changed_.notify_all();
   }

@@ -33,6 +33,8 @@ class MessageStream {
   Result<Message> Read(Deadline deadline, const Interrupt& interrupt, const std::function<void()>& bytes_seen = nullptr);
   Status Write(const Message& message, Deadline deadline, const Interrupt& interrupt);
   Status WriteFrame(const std::string& frame, Deadline deadline, const Interrupt& interrupt);
+  // As much of a frame as goes without waiting; how many bytes that was. The rest has to follow before anything else.
+  Result<size_t> WriteNow(const std::string& frame);
   // Strangers are held to small frames until the handshake is over. Call between reads.
   void set_payload_bytes_max(size_t bytes) { parser_.set_payload_bytes_max(bytes); }
   Socket& socket() { return socket_; }
@@ -59,8 +61,9 @@ class ControlChannel {
   ControlChannel(std::unique_ptr<MessageStream> stream, Options options);
   ~ControlChannel();  // closes and joins the writer thread
 
-  // Queues; messages leave in the order of the calls. kResourceExhausted when the queue is full (or the message larger
-  // than a frame), else the reason why the channel is closed.
+  // Never waits for the network: what the kernel takes at once leaves on this thread (a handover to the writer thread would
+  // cost each token two wake-ups), the rest is queued. Messages leave in the order of the calls. kResourceExhausted when the
+  // queue is full (or the message larger than a frame), else the reason why the channel is closed.
   Status Send(const Message& message);
   // The same for a frame that is already encoded: a plan is serialised once and queued on the channels of all stages,
   // which is why it is shared.
@@ -89,6 +92,7 @@ class ControlChannel {
     FrameSource source;
   };
   Status Enqueue(Outgoing item);
+  bool WriteAtOnce(const std::string& frame, std::unique_lock<std::mutex>& lock);
   void WriterLoop();
   Status WriteOut(const Outgoing& item);
   Status WriteFrame(const std::string& frame);
@@ -97,17 +101,19 @@ class ControlChannel {
 
   const Options options_;
   const std::string peer_;
-  const std::unique_ptr<MessageStream> stream_;  // read by the receiver, written by the writer thread
+  const std::unique_ptr<MessageStream> stream_;  // read by the receiver, written by whoever has set `writing_`
   Interrupt closed_interrupt_;
   std::atomic<uint64_t> peer_steps_done_{0};
   std::atomic<int64_t> last_heard_micros_;
-  std::chrono::steady_clock::time_point next_heartbeat_;  // writer thread
+  std::chrono::steady_clock::time_point next_heartbeat_;  // the writer thread's
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<Outgoing> queue_;     // guarded by mutex_
   size_t queue_bytes_ = 0;         // guarded by mutex_
-  bool writing_ = false;           // guarded by mutex_
+  std::string rest_;               // guarded by mutex_: of a frame that has begun to leave, before all that waits
+  bool writing_ = false;           // guarded by mutex_: one thread writes to the stream
+  int awaiting_turn_ = 0;          // guarded by mutex_: threads that wait for the end of a sender's own write
   Status closed_;                  // guarded by mutex_; OK while open
   std::thread writer_;
 };

@@ -10,9 +10,11 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <charconv>
 #include <cstring>
+#include <thread>
 #include <utility>
 
 #include "stage/base/check.h"
@@ -145,11 +147,12 @@ Socket::Socket(int fd) : fd_(fd) {
   SetOption(fd_, IPPROTO_TCP, TCP_KEEPINTVL, kKeepIntervalSeconds);
   SetOption(fd_, IPPROTO_TCP, TCP_KEEPCNT, kKeepProbes);
 }
-Socket::Socket(Socket&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+Socket::Socket(Socket&& other) noexcept : fd_(std::exchange(other.fd_, -1)), spin_(other.spin_) {}
 Socket& Socket::operator=(Socket&& other) noexcept {
   if (this != &other) {
     if (fd_ >= 0) close(fd_);
     fd_ = std::exchange(other.fd_, -1);
+    spin_ = other.spin_;
   }
   return *this;
 }
@@ -192,12 +195,17 @@ Result<Socket> Socket::Connect(const Endpoint& endpoint, Deadline deadline, cons
 
 Result<size_t> Socket::ReadSome(std::span<std::byte> buffer, Deadline deadline, const Interrupt& interrupt) {
   QP_CHECK(!buffer.empty());
+  const Deadline spin_until = spin_.count() > 0 ? std::min(deadline, DeadlineIn(spin_)) : Deadline::min();
   for (;;) {
     const ssize_t count = recv(fd_, buffer.data(), buffer.size(), 0);
     if (count > 0) return static_cast<size_t>(count);
     if (count == 0) return UnavailableError("connection closed by peer");
     if (errno == EINTR) continue;
     if (errno != EAGAIN && errno != EWOULDBLOCK) return UnavailableError(std::string("receive: ") + std::strerror(errno));
+    if (spin_.count() > 0 && std::chrono::steady_clock::now() < spin_until) {
+      std::this_thread::yield();
+      continue;
+    }
     RETURN_IF_ERROR(Wait(fd_, POLLIN, deadline, interrupt));
   }
 }
@@ -211,18 +219,28 @@ Status Socket::ReadAll(std::span<std::byte> buffer, Deadline deadline, const Int
   return OkStatus();
 }
 
-Status Socket::WriteAll(std::span<const std::byte> bytes, Deadline deadline, const Interrupt& interrupt) {
-  while (!bytes.empty()) {
-    const ssize_t count = send(fd_, bytes.data(), bytes.size(), MSG_NOSIGNAL);
+Result<size_t> Socket::WriteNow(std::span<const std::byte> bytes) {
+  size_t written = 0;
+  while (written < bytes.size()) {
+    const ssize_t count = send(fd_, bytes.data() + written, bytes.size() - written, MSG_NOSIGNAL);
     if (count > 0) {
-      bytes = bytes.subspan(static_cast<size_t>(count));
-      continue;
+      written += static_cast<size_t>(count);
+    } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
+      break;
+    } else if (errno != EINTR) {
+      return UnavailableError(std::string("send: ") + std::strerror(errno));
     }
-    if (errno == EINTR) continue;
-    if (errno != EAGAIN && errno != EWOULDBLOCK) return UnavailableError(std::string("send: ") + std::strerror(errno));
+  }
+  return written;
+}
+
+Status Socket::WriteAll(std::span<const std::byte> bytes, Deadline deadline, const Interrupt& interrupt) {
+  for (;;) {
+    ASSIGN_OR_RETURN(const size_t written, WriteNow(bytes));
+    bytes = bytes.subspan(written);
+    if (bytes.empty()) return OkStatus();
     RETURN_IF_ERROR(Wait(fd_, POLLOUT, deadline, interrupt));
   }
-  return OkStatus();
 }
 
 void Socket::Shutdown() {

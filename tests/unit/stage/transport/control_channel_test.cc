@@ -127,6 +127,40 @@ TEST(ControlChannel, ASlowReaderFillsABoundedQueueAndNothingElse) {
   EXPECT_TRUE(channel.SendFrame(frame).ok());  // room again
 }
 
+// Frames that the kernel takes at once, in part or not at all, from threads that do not wait for each other, with heartbeats
+// between them: each thread's messages arrive whole and in its order.
+TEST(ControlChannel, FramesOfManyThreadsArriveWholeAndInEachThreadsOrder) {
+  SocketPair pair = ConnectedSockets();
+  auto options = Fast();
+  options.stall_timeout = std::chrono::seconds(30);
+  options.heartbeat_interval = milliseconds(1);
+  options.queue_frames_max = 100'000;
+  ControlChannel a(Stream(pair.dialled), options), b(Stream(pair.accepted), options);
+  constexpr int kThreads = 4, kEach = 2'000;
+  std::vector<std::thread> senders;
+  for (int thread = 0; thread < kThreads; ++thread) {
+    senders.emplace_back([&, thread] {
+      for (int i = 0; i < kEach; ++i) {
+        const size_t size = i % 7 == 0 ? 4'000 : static_cast<size_t>(i % 50);
+        const Failure message{.epoch = static_cast<uint64_t>(thread * kEach + i), .reason = std::string(size, static_cast<char>('a' + thread))};
+        ASSERT_TRUE(a.Send(Message(message)).ok());
+      }
+    });
+  }
+  std::vector<int> next(kThreads, 0);
+  for (int received = 0; received < kThreads * kEach; ++received) {
+    if (received == 100) std::this_thread::sleep_for(milliseconds(200));  // the kernel's buffers fill
+    auto message = b.Receive();
+    ASSERT_TRUE(message.ok()) << message.status().ToString();
+    const auto& failure = std::get<Failure>(*message);
+    const int thread = static_cast<int>(failure.epoch) / kEach, i = static_cast<int>(failure.epoch) % kEach;
+    ASSERT_EQ(i, next[static_cast<size_t>(thread)]++) << "thread " << thread;
+    ASSERT_EQ(failure.reason, std::string(i % 7 == 0 ? 4'000 : static_cast<size_t>(i % 50), static_cast<char>('a' + thread)));
+  }
+  for (std::thread& sender : senders) sender.join();
+  EXPECT_TRUE(a.Flush(std::chrono::seconds(5)));
+}
+
 TEST(ControlChannel, CloseEndsAReceiveThatWaits) {
   SocketPair pair = ConnectedSockets();
   ControlChannel channel(Stream(pair.dialled), Fast());
