@@ -39,6 +39,7 @@ struct Flags {
   uint64_t epoch = 0;
   uint16_t metrics_port = contract::kStageMetricsPort;
   double stall_seconds = 10, head_seconds = 0;
+  int64_t spin_micros = -1;
   bool insecure_loopback = false;
 };
 
@@ -69,6 +70,8 @@ void AddFlags(CLI::App& app, Flags& f) {
   app.add_option("--secret-file", f.secret_file, "file with the handshake secret, the same as the head's")->envname(std::string(contract::kEnvSecretFile));
   app.add_flag("--insecure-loopback", f.insecure_loopback, "run without a secret; head and neighbours must be on this host's loopback");
   app.add_option("--epoch", f.epoch, "epoch at which the operator made this process")->envname(std::string(contract::kEnvEpoch));
+  app.add_option("--spin-us", f.spin_micros, "microseconds for which a thread looks for the next plan before it sleeps; -1: 10000 on a GPU with eight or more CPUs, else 0")
+      ->check(CLI::Range(-1, 1'000'000));
   app.add_option("--threads", f.compute.threads, "CPU threads of the tensor operators; 0: LibTorch's choice")->check(CLI::NonNegativeNumber);
   app.add_option("--stall-timeout", f.stall_seconds, "seconds of silence that count as the loss of the head, and (tenfold on a CPU) of one step that counts as hung")
       ->check(CLI::PositiveNumber);
@@ -112,6 +115,8 @@ Result<worker::WorkerOptions> MakeWorkerOptions(const Flags& flags, const contra
   options.stall_timeout = Seconds(flags.stall_seconds);
   options.step_timeout = Seconds(flags.stall_seconds * (flags.compute.device == "cpu" ? kCpuStepFactor : 1.0));
   options.head_timeout = Seconds(flags.head_seconds);
+  const bool spins = flags.compute.device == "cuda" && std::thread::hardware_concurrency() >= 8;
+  options.spin = std::chrono::microseconds(flags.spin_micros >= 0 ? flags.spin_micros : spins ? 10'000 : 0);
   options.compute_fault_code = flags.compute.device == "cuda" ? ExitCode::kGpuFault : ExitCode::kInternal;
   return options;
 }

@@ -98,6 +98,7 @@ bool Worker::Connect() {
     return false;
   }
   auto stream = std::make_unique<transport::MessageStream>(std::move(socket).value());
+  stream->socket().set_spin(options_.spin);
   const transport::Hello hello = MakeHello(stream->socket());
   const transport::JoinResult join = transport::JoinAsStage(*stream, options_.secret, hello, deadline, stop_interrupt_);
   if (join.status.ok()) {
@@ -220,6 +221,7 @@ Status Worker::TakePlan(step::StepPlan plan) {
   if (queue_.size() >= kQueuedPlansMax) return ResourceExhaustedError("plan: too many in flight");
   ++target_->next_step;
   queue_.emplace_back(std::move(plan));
+  news_.fetch_add(1);
   changed_.notify_all();
   return OkStatus();
 }
@@ -238,6 +240,7 @@ Status Worker::TakeVision(step::VisionInput input) {
   if (assembled_generation_ != generation_) return FailedPreconditionError("vision: before Assembled");
   vision_waiting_bytes_ += bytes;
   queue_.emplace_back(std::move(input));
+  news_.fetch_add(1);
   changed_.notify_all();
   return OkStatus();
 }
@@ -287,8 +290,10 @@ bool Worker::Load() {
 
 void Worker::ComputeLoop() {
   if (!Load()) return;
-  for (uint64_t generation = 0;;) {
+  uint64_t generation = 0, known = 0;  // known: of news_
+  for (;;) {
     SetPhase(Phase::kIdle);
+    SpinForNews(known);
     std::unique_lock<std::mutex> lock(mutex_);
     changed_.wait(lock, [&] { return stopping_ || generation_ != generation || !queue_.empty(); });
     if (stopping_) break;
@@ -302,12 +307,19 @@ void Worker::ComputeLoop() {
     }
     Work work = std::move(queue_.front());
     queue_.pop_front();
+    known = queue_.empty() ? news_.load() : 0;
     if (const auto* input = std::get_if<step::VisionInput>(&work)) vision_waiting_bytes_ -= input->patches.size();
     changed_.notify_all();  // room for TakeVision
     lock.unlock();
     ExecuteNext(generation, std::move(work));
   }
   DropEdges();
+}
+
+void Worker::SpinForNews(uint64_t known) const {
+  if (options_.spin.count() == 0) return;
+  const auto until = std::chrono::steady_clock::now() + options_.spin;
+  while (news_.load() == known && std::chrono::steady_clock::now() < until) std::this_thread::yield();
 }
 
 void Worker::ExecuteNext(uint64_t generation, Work work) {
@@ -469,6 +481,7 @@ void Worker::AbortEdgesLocked(const Status& reason) {
 void Worker::ClearQueueLocked() {
   queue_.clear();
   vision_waiting_bytes_ = 0;
+  news_.fetch_add(1);
   changed_.notify_all();
 }
 
@@ -511,6 +524,7 @@ void Worker::Finish(ExitCode code, Status status) {
   EndEpochLocked(CancelledError("the stage stops"), std::nullopt);
   if (channel_) channel_->Close(CancelledError("the stage stops"));
   stop_interrupt_.Trigger();
+  news_.fetch_add(1);
   changed_.notify_all();
 }
 

@@ -53,6 +53,8 @@ struct WorkerOptions {
   std::chrono::microseconds step_timeout{std::chrono::seconds(30)};   // of one plan's compute, or of a group without progress
   std::chrono::microseconds head_timeout{0};                          // without a head for so long: give up; 0 = never
   std::chrono::microseconds reconnect_backoff_max{std::chrono::seconds(2)};
+  // After a plan, how long the two threads that pass plans on look for the next one before they sleep (Socket::set_spin).
+  std::chrono::microseconds spin{0};
   uint64_t vision_input_bytes_max = 512ull << 20;   // one image or video
   uint64_t vision_waiting_bytes_max = 1ull << 30;   // received, not yet encoded; beyond it the control channel waits
   contract::ExitCode compute_fault_code = contract::ExitCode::kInternal;  // kGpuFault on a GPU
@@ -111,6 +113,7 @@ class Worker {
 
   // Compute thread.
   void ComputeLoop();
+  void SpinForNews(uint64_t known) const;
   bool Load();
   void ExecuteNext(uint64_t generation, Work work);
   void Assemble(uint64_t generation);
@@ -140,6 +143,7 @@ class Worker {
   const std::string instance_;
   transport::Interrupt stop_interrupt_;
   std::atomic<uint64_t> steps_done_{0};
+  std::atomic<uint64_t> news_{0};  // for the compute thread, to look without the lock: counts what it may have to act on
 
   // Compute thread only (created before it starts, or by it).
   std::unique_ptr<transport::EdgeListener> edge_listener_;
