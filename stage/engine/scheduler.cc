@@ -11,6 +11,10 @@ namespace {
 // may be ready to sample in one plan (their prefixes shared), and a plan must stay far below the largest frame.
 constexpr int64_t kStartTokensMax = int64_t{1} << 20;
 
+// Fewer tokens of prompts than this do not make a plan of a mixture of experts cheaper: it reads every expert's weights
+// anyway (docs/benchmarks/gpu.json, prefill over length).
+constexpr int64_t kPrefillShareMin = 2048;
+
 int32_t CeilDivide(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
 template <typename T>
@@ -138,6 +142,7 @@ std::optional<ScheduledStep> Scheduler::Schedule(int64_t now_micros) {
   Draft draft{.now_micros = now_micros, .budget = limits_.max_batch_tokens};
   const size_t live = sequences_.size();
   AddDecodes(draft);
+  draft.budget = std::min(draft.budget, PrefillShare());
   AddPrefills(draft);
   AdmitWaiting(draft);
   if (draft.parts.empty()) {
@@ -176,6 +181,18 @@ void Scheduler::AddDecodes(Draft& draft) {
     if (static_cast<int32_t>(sequence->blocks.size()) < blocks && !TakeOneBlock(*sequence)) continue;
     taken += AddSpan(*sequence, 1, draft);
   }
+}
+
+// Prompt tokens of one plan. Over S stages M plans take M + S - 1 turns: two plans a stage lose a third of the turns at most,
+// so a prompt that could go in one plan goes in several, as far as that does not make the plans themselves slow.
+int32_t Scheduler::PrefillShare() const {
+  const int64_t most = limits_.max_batch_tokens;
+  if (stages_ == 1) return limits_.max_batch_tokens;
+  int64_t pending = 0;
+  for (const Sequence* sequence : running_) pending += sequence->pending() > 1 ? sequence->pending() : 0;
+  for (const Sequence* sequence : waiting_) pending += sequence->pending();
+  const int64_t plans = 2 * int64_t{stages_};
+  return static_cast<int32_t>(std::clamp((pending + plans - 1) / plans, std::min(kPrefillShareMin, most), most));
 }
 
 void Scheduler::AddPrefills(Draft& draft) {

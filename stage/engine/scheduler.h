@@ -92,6 +92,7 @@ class Scheduler {
 
   // Schedule's three passes, and what they share.
   void AddDecodes(Draft& draft);
+  int32_t PrefillShare() const;
   void AddPrefills(Draft& draft);
   void AdmitWaiting(Draft& draft);
   bool AddSpan(Sequence& sequence, int32_t count, Draft& draft);

@@ -248,19 +248,50 @@ TEST(Scheduler, SplitsLongHistoriesOverPlans) {
                        .max_batch_tokens = kLong + 10,
                        .max_sequence_tokens = 1'000'000,
                        .vocab_size = kVocab},
-                      4);
+                      1);
   for (step::SequenceId id = 1; id <= 4; ++id) {
     Request request = Text(id, kLong, 5);
     request.tokens.assign(kLong, 1);
     scheduler.Add(std::move(request), 0);
   }
   std::vector<size_t> starts;
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < 3; ++i) {
     const auto step = scheduler.Schedule(0);
-    if (!step) break;
+    ASSERT_TRUE(step.has_value());
     starts.push_back(step->plan.starts.size());
+    step::StepResult result{.epoch = 1, .step = step->plan.step, .samples = {}};
+    for (const step::SequenceSpan& span : step->plan.spans) {
+      if (span.sample) result.samples.push_back({.sequence = span.sequence, .token = 7});
+    }
+    ASSERT_TRUE(scheduler.Commit(result));
   }
   EXPECT_EQ(starts, (std::vector<size_t>{1, 2, 1})) << "one computes the prefix, then the others follow, two at a time";
+}
+
+TEST(Scheduler, CutsPromptsSoThatAllStagesHaveWork) {
+  // The prompt tokens of the plans of one prompt, as far as they go before a result must come.
+  const auto chunks = [](int32_t tokens, int32_t stages, int32_t max_batch_tokens) {
+    Scheduler scheduler({});
+    scheduler.StartOver(1,
+                        {.block_tokens = 16,
+                         .block_count = 8192,
+                         .max_slots = 4,
+                         .max_batch_tokens = max_batch_tokens,
+                         .max_sequence_tokens = 131'072,
+                         .vocab_size = kVocab},
+                        stages);
+    Request request = Text(1, 8, 5);
+    request.tokens.assign(static_cast<size_t>(tokens), 1);
+    scheduler.Add(std::move(request), 0);
+    std::vector<size_t> sizes;
+    while (const auto step = scheduler.Schedule(0)) sizes.push_back(step->plan.spans.at(0).tokens.size());
+    return sizes;
+  };
+  EXPECT_EQ(chunks(8192, 1, 8192), (std::vector<size_t>{8192}));
+  EXPECT_EQ(chunks(8192, 4, 8192), (std::vector<size_t>{2048, 2048, 2048, 2048}));
+  EXPECT_EQ(chunks(1500, 4, 8192), (std::vector<size_t>{1500})) << "a short prompt is not cut";
+  EXPECT_EQ(chunks(8192, 2, 1024), (std::vector<size_t>{1024, 1024})) << "the stages' limit holds";
+  EXPECT_EQ(chunks(40'000, 2, 8192), (std::vector<size_t>{8192, 7952})) << "what is left is cut anew each time";
 }
 
 TEST(Scheduler, TimesTheQueueAndAStepFromItsScheduleToTheNextAfterItsCommit) {
