@@ -183,9 +183,13 @@ def main() -> int:
                     tokens = sum(count for _, count in done)
                     row(name, "output tok/s", round(tokens / seconds, 1))
                     row(name + ".total", "tok/s in and out", round((tokens + clients * prompt) / seconds, 1))
+                    if output == 1:
+                        row(name + ".prefill", "tok/s", round(clients * prompt / seconds, 1))
                     for n, s in series.items():
                         total, count = (metric(pipeline.url, s + end) - old for end, old in zip(("_sum", "_count"), before[n]))
                         row(f"{name}.{n}", "ms", round(total / max(count, 1) * 1e3, 3))
+                        if n == "inter_token_latency" and count > 0:  # prompts of others in between count against it
+                            row(name + ".decode", "tok/s", round(clients / (total / count), 1))
                 if args.soak > 0:
                     wrong += soak(pipeline, args.soak, row, f"{args.shape}.stages{stages}")
     for what in wrong:
