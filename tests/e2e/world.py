@@ -1,0 +1,349 @@
+"""What the tests with real pods share: images of this build, a cluster of real nodes, the operator installed by helm as
+docs/install.md says, the digits pipeline on it, and a watch that goes on beside every story (Invariants).
+
+Run by ctest with E2E_PROGRAMS="HEAD STAGE CONTROLLER" and TORCH_SITE in the environment.
+"""
+import base64
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests/cluster"), str(ROOT / "tests/chart")]
+import cluster as kube  # noqa: E402
+import image  # noqa: E402
+import nodes as real  # noqa: E402
+from helm_chart import CHART, tool  # noqa: E402
+
+PATIENCE_S = 120  # a machine that compiles beside the test; what is asserted about speed has its own limit
+VERSION = "0.1.0"  # the chart's appVersion: the tag that it asks for
+SKIPPED = 77  # ctest's SKIP_RETURN_CODE of these tests
+PIPELINES = "/apis/qwenpipeline.dev/v1alpha1"
+DIGITS = ROOT / "docs/examples/digits"
+OWNED = "pods,services,secrets,networkpolicies,poddisruptionbudgets,jobs,configmaps,endpointslices"
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def capable_or_exit():
+    """A machine that cannot have nodes fails these tests and says why; whoever knows that may leave them out by name."""
+    missing = real.what_is_missing()
+    if not missing:
+        return
+    print(f"this machine cannot run Kubernetes nodes: {missing}")
+    if os.environ.get("QWEN_E2E") == "skip":
+        print("QWEN_E2E=skip: left out")
+        sys.exit(SKIPPED)
+    sys.exit("set QWEN_E2E=skip to leave out the tests that need them")
+
+
+def make_images(folder):
+    """Archives of the product's images out of this build, made as the Dockerfiles make them; kept while the programs stay the same."""
+    head, stage, controller = map(Path, os.environ["E2E_PROGRAMS"].split())
+    rootfs = ROOT / "dockerfiles/rootfs.sh"
+    made = []
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for program, command in [(head, [rootfs, "ROOT", head]), (controller, [rootfs, "ROOT", controller]),
+                                 (stage, [ROOT / "dockerfiles/stage_rootfs.sh", "cpu", "ROOT", stage.parents[1], os.environ["TORCH_SITE"]])]:
+            out = folder / f"{program.name}.tar"
+            made.append(out)
+            if out.exists() and out.stat().st_mtime > program.stat().st_mtime:
+                continue
+            root = folder / f"{program.name}.root"
+            shutil.rmtree(root, ignore_errors=True)
+            subprocess.run([str(root) if c == "ROOT" else str(c) for c in command], check=True, capture_output=True, text=True)
+            image.archive(out, f"localhost/{program.name}:{VERSION}", root, user="65532:65532", entrypoint=[f"/usr/local/bin/{program.name}"])
+            shutil.rmtree(root)
+    return made
+
+
+def pictures():
+    """[(file, what transformers answers)]: handwritten digits that the model was never trained on."""
+    known = json.loads((DIGITS / "held_out.json").read_text())
+    answers = dict(zip(known["index"], known["answer"]))
+    return [(file, answers[int(file.name[:4])]) for file in sorted(DIGITS.glob("[0-9]*.png"))]
+
+
+def question(file):
+    picture = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+    return {"model": "digits", "temperature": 0, "max_tokens": 16, "messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "Which digit is this?"}]}]}
+
+
+def post(url, body, timeout=60):
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with DIRECT.open(request, timeout=timeout) as answer:
+        return json.loads(answer.read())
+
+
+class World:
+    """The cluster and what a person does with it. Use as a context; everything is gone afterwards. `nodes` real ones; 0: fake ones,
+    where pods are words of the API only and the test brings its operator itself."""
+
+    def __init__(self, nodes):
+        self.started = time.monotonic()
+        self.passed = self.failed = 0
+        self.nodes = nodes
+
+    def __enter__(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="e2e."))
+        self.cluster = kube.Cluster(self.folder / "cluster")
+        try:
+            if self.nodes:
+                capable_or_exit()
+                images = make_images(Path(os.environ["E2E_PROGRAMS"].split()[1]).parents[1] / "images")
+                print(f"images after {time.monotonic() - self.started:.1f} s", flush=True)
+                self.cluster.start([], [], self.nodes, images)
+            else:
+                self.cluster.start(["kube-controller-manager", "kube-scheduler", "fakelet"], [])
+                self.cluster.nodes(4)
+            self.cluster.stop_after(os.getpid())
+            self.opener = self.cluster.opener()
+            self.invariants = Invariants(self, deletes_fail=not self.nodes)
+        except BaseException:
+            self.cluster.stop()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        print(f"a cluster after {time.monotonic() - self.started:.1f} s", flush=True)
+        return self
+
+    def __exit__(self, kind, value, traceback):
+        if self.failed or kind:
+            self.dump()
+        self.cluster.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        print(f"{self.passed} passed, {self.failed} failed in {time.monotonic() - self.started:.1f} s", flush=True)
+
+    def dump(self):
+        print("---- what the conditions said", *getattr(getattr(self, "invariants", None), "told", []), sep="\n")
+        for arguments in (["get", "qp,pods,services,nodes", "-A", "-o", "wide"], ["get", "qp", "-A", "-o", "yaml"], ["get", "events", "-A", "--sort-by=.lastTimestamp"],
+                          ["-n", "qwen-system", "logs", "-l", "app.kubernetes.io/component=controller", "--tail=60", "--prefix"]):
+            done = self.kubectl(*arguments, check=False)
+            print(f"---- kubectl {' '.join(arguments)}\n{(done.stdout + done.stderr)[-6000:]}")
+
+    # -- checks
+
+    def check(self, what, good, details=""):
+        self.passed, self.failed = self.passed + bool(good), self.failed + (not good)
+        print(f"{time.monotonic() - self.started:6.1f} {'ok  ' if good else 'FAIL'} {what}" + ("" if good else f": {str(details)[:1500]}"), flush=True)
+        return bool(good)
+
+    def within(self, what, limit_s, met, details=lambda: "", patience_s=PATIENCE_S):
+        """Waits for met(); it must be true within limit_s. Returns the seconds that it took. Whatever fails meanwhile is not yet true."""
+        start = time.monotonic()
+        while not (good := self.holds(met)) and time.monotonic() - start < max(limit_s, patience_s):
+            time.sleep(0.1)
+        took = time.monotonic() - start
+        self.check(f"{what} ({took:.1f} s)", good and took <= limit_s, f"limit {limit_s} s; {self.attempt(details)}")
+        return took
+
+    @staticmethod
+    def holds(met):
+        try:
+            return met()
+        except (OSError, KeyError, IndexError, ValueError, subprocess.CalledProcessError):
+            return False
+
+    @staticmethod
+    def attempt(function):
+        try:
+            return function()
+        except Exception as e:  # it only explains a failure
+            return repr(e)
+
+    # -- what a person does
+
+    def environment(self):
+        return {**os.environ, "KUBECONFIG": str(self.cluster.dir / "admin.kubeconfig"), "HOME": str(self.folder), "NO_PROXY": "*",
+                "PATH": f"{self.cluster.binaries}:{Path(tool('helm')).parent}:{os.environ['PATH']}"}
+
+    def kubectl(self, *arguments, check=True, stdin=None, timeout=90):
+        return subprocess.run(["kubectl", *map(str, arguments)], input=stdin, capture_output=True, text=True, check=check, timeout=timeout, env=self.environment())
+
+    def helm(self, *arguments, timeout=120):
+        done = subprocess.run(["helm", *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=self.environment())
+        if done.returncode:
+            raise OSError(f"helm {' '.join(map(str, arguments))}: {done.stderr}")
+        return done.stdout
+
+    def apply(self, *objects):
+        self.kubectl("apply", "-f", "-", stdin="\n---\n".join(map(json.dumps, objects)))
+
+    def call(self, path, method="GET", body=None, content_type="application/json"):
+        request = urllib.request.Request(self.cluster.server + path, method=method, data=None if body is None else json.dumps(body).encode(),
+                                         headers={"Content-Type": content_type})
+        with self.opener.open(request, timeout=10) as answer:
+            return json.loads(answer.read())
+
+    def install(self, *more):
+        self.helm("upgrade", "--install", "qwen", CHART, "--namespace", "qwen-system", "--create-namespace", "--set", "images.controller.repository=localhost/qwen-controller",
+                  "--set", "images.head.repository=localhost/qwen-head", "--set", "images.stage.repository=localhost/qwen-stage", *more)
+        self.kubectl("-n", "qwen-system", "rollout", "status", "deployment/qwen-qwen-pipeline", "--timeout=90s", timeout=100)
+
+    def namespace(self, name, **labels):
+        self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
+
+    def claim(self, namespace, name, checkpoint):
+        """A read-only claim bound to a folder that every node has."""
+        folder = self.folder / "models" / f"{namespace}-{name}"
+        if not folder.exists():
+            shutil.copytree(checkpoint, folder)
+            subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
+        common = {"accessModes": ["ReadOnlyMany"], "storageClassName": ""}
+        self.apply({"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": f"{namespace}-{name}"},
+                    "spec": {**common, "capacity": {"storage": "1Gi"}, "hostPath": {"path": str(folder), "type": "Directory"},
+                             "claimRef": {"namespace": namespace, "name": name}}},
+                   {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name, "namespace": namespace},
+                    "spec": {**common, "volumeName": f"{namespace}-{name}", "resources": {"requests": {"storage": "1Gi"}}}})
+        self.kubectl("-n", namespace, "wait", "--for=jsonpath={.status.phase}=Bound", f"pvc/{name}", "--timeout=60s")
+        return folder
+
+    @staticmethod
+    def manifest(namespace, name, stages, **spec):
+        return {"apiVersion": "qwenpipeline.dev/v1alpha1", "kind": "QwenPipeline", "metadata": {"name": name, "namespace": namespace}, "spec": {
+            "model": {"id": "digits", "source": {"persistentVolumeClaim": {"claimName": "digits"}}, "maxModelLen": 2048}, "stages": {"count": stages},
+            "engine": {"device": "Cpu", "maxSequences": 16, "maxBatchTokens": 512, "threads": 1}, **spec}}
+
+    def patch(self, namespace, name, **spec):
+        self.kubectl("-n", namespace, "patch", "qp", name, "--type=merge", "-p", json.dumps({"spec": spec}))
+
+    # -- what a person sees
+
+    def pipeline(self, namespace, name):
+        return self.call(f"{PIPELINES}/namespaces/{namespace}/qwenpipelines/{name}")
+
+    def condition(self, namespace, name, kind="Ready"):
+        conditions = self.pipeline(namespace, name).get("status", {}).get("conditions", [])
+        return next((c for c in conditions if c["type"] == kind), {"status": "", "reason": "", "message": ""})
+
+    def ready(self, namespace, name):
+        now = self.pipeline(namespace, name)
+        good = any(c["type"] == "Ready" and c["status"] == "True" for c in now["status"]["conditions"])
+        return good and now["status"]["observedGeneration"] == now["metadata"]["generation"]
+
+    def pods(self, namespace, name):
+        listed = self.call(f"/api/v1/namespaces/{namespace}/pods?labelSelector=qwenpipeline.dev/pipeline%3D{name}")["items"]
+        return {pod["metadata"]["name"]: pod for pod in listed}
+
+    def living(self, namespace, name):
+        """Names of its pods that are not being deleted and have not ended."""
+        return sorted(n for n, p in self.pods(namespace, name).items() if "deletionTimestamp" not in p["metadata"] and p["status"].get("phase") in ("Pending", "Running"))
+
+    def epoch(self, namespace, name):
+        return self.pipeline(namespace, name)["status"]["epoch"]
+
+    def ask(self, namespace, name, file, node=None, timeout=60):
+        """The answer through the Service, from a node of the cluster."""
+        address = self.call(f"/api/v1/namespaces/{namespace}/services/{name}")["spec"]["clusterIP"]
+        node = node or next(n for n in self.cluster.nodes_of() if self.cluster.pid(n.name))
+        answer = node.inside(lambda: post(f"http://{address}:8000/v1/chat/completions", question(file), timeout))
+        return answer["choices"][0]["message"]["content"]
+
+    def answers_right(self, namespace, name, count=3, node=None):
+        """[] when the first `count` pictures are answered as transformers does; else what is wrong."""
+        wrong = []
+        for file, expected in pictures()[:count]:
+            try:
+                answer = self.ask(namespace, name, file, node)
+            except (OSError, ValueError, KeyError) as e:
+                answer = repr(e)
+            if answer != expected:
+                wrong.append((file.name, expected, answer))
+        return wrong
+
+    def processes(self, program="qwen-head|qwen-stage"):
+        """[(node, pid, environment)] of what really runs on the nodes, whatever the API says."""
+        return [(node, pid, env) for node in self.cluster.nodes_of() if self.cluster.pid(node.name) for pid, env in node.programs(program)]
+
+    def process(self, pod):
+        """(node, pid) of a pod's program."""
+        found = [(node, pid) for node, pid, env in self.processes() if env.get("QWEN_POD_NAME") == pod]
+        if not found:
+            raise KeyError(f"{pod} has no process")
+        return found[0]
+
+    def left(self, namespace, name):
+        """Whatever still bears the pipeline's label, and processes."""
+        listed = json.loads(self.kubectl("-n", namespace, "get", OWNED, "-l", f"qwenpipeline.dev/pipeline={name}", "-o", "json").stdout)["items"]
+        return [f"{o['kind']}/{o['metadata']['name']}" for o in listed] + \
+               [f"process {pid} of {env['QWEN_POD_NAME']}" for _, pid, env in self.processes() if env.get("QWEN_POD_NAME", "").startswith(f"{name}-")]
+
+
+class Invariants:
+    """Looks on from a thread of its own for as long as the world stands: at the API's pods and at the nodes' processes.
+
+    1. A name of a pod, which carries the epoch, is given once: no group of an epoch is ever made again.
+    2. Of a replica at most one epoch has all its pods Ready; unless `deletes_fail`: then the group before may stand, whole and under its
+       own epoch, beside the next one, which waits for nobody.
+    3. No two processes run for one pod's name, on whatever node, cut off or not: no two groups of one epoch serve.
+    """
+
+    def __init__(self, world, deletes_fail=False):
+        self.world, self.deletes_fail, self.broken, self.looks = world, deletes_fail, [], 0
+        self.uids = {}  # (pipeline uid, pod name) -> uid of the pod
+        self.told = []  # (seconds, pipeline, Ready, reason, message) whenever that changes: the story, for whoever looks for a fault
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self):
+        while not self.ended.wait(0.25):
+            try:
+                self.look_at_pods()
+                self.listen()
+                self.looks += 1
+            except (OSError, ValueError):
+                pass  # the API server is away, as some stories want it
+            try:
+                self.look_at_processes()
+            except OSError:
+                pass  # a node went off under our eyes
+
+    def note(self, text):
+        if text not in self.broken:
+            self.broken.append(text)
+
+    def look_at_pods(self):
+        groups = {}
+        for pod in self.world.call("/api/v1/pods?labelSelector=qwenpipeline.dev/epoch")["items"]:
+            meta = pod["metadata"]
+            labels, owner = meta["labels"], meta["ownerReferences"][0]["uid"]
+            if self.uids.setdefault((owner, meta["name"]), meta["uid"]) != meta["uid"]:
+                self.note(f"{meta['name']} was made twice")
+            ready = any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", [])) and "deletionTimestamp" not in meta
+            groups.setdefault((owner, labels["qwenpipeline.dev/replica"]), {}).setdefault(labels["qwenpipeline.dev/epoch"], []).append(ready)
+        for (_, replica), epochs in groups.items():
+            whole = [epoch for epoch, pods in epochs.items() if len(pods) > 1 and all(pods)]
+            if len(whole) > 1 and not self.deletes_fail:
+                self.note(f"replica {replica} is Ready under the epochs {whole}")
+
+    def listen(self):
+        for pipeline in self.world.call(f"{PIPELINES}/qwenpipelines")["items"]:
+            name = f"{pipeline['metadata']['namespace']}/{pipeline['metadata']['name']}"
+            ready = next((c for c in pipeline.get("status", {}).get("conditions", []) if c["type"] == "Ready"), {})
+            now = (name, ready.get("status"), ready.get("reason"), ready.get("message"))
+            if now != next((t[1:] for t in reversed(self.told) if t[1] == name), None):
+                self.told.append((round(time.monotonic() - self.world.started, 1), *now))
+
+    def look_at_processes(self):
+        seen = {}
+        for node, pid, env in self.world.processes():
+            key = (env.get("QWEN_PIPELINE_UID"), env.get("QWEN_POD_NAME"))
+            if key in seen:
+                self.note(f"{key[1]} runs twice: {seen[key]} and process {pid} on {node.name}")
+            seen[key] = f"process {pid} on {node.name}"
+
+    def end(self):
+        self.ended.set()
+        self.thread.join()
+        self.world.check(f"at no time two groups of one epoch, seen {self.looks} times", self.looks > 20 and not self.broken, self.broken)

@@ -1,0 +1,197 @@
+#!/usr/bin/env python3
+"""Faults of a pipeline that serves, on real nodes with real pods: a stage killed, the head killed, a stage hung, the API server killed,
+the operator killed between two writes, its leader frozen, a node without power, a node without its cable.
+
+After each the digits are answered right again under a new epoch; while they go on somebody asks all the time, and no answer may ever be
+wrong; at no time two groups of one epoch (world.Invariants); in the end no orphan.
+"""
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests/e2e"))
+from world import World, pictures  # noqa: E402
+
+NS = "models"
+NAME = "digits"
+
+
+class Asker:
+    """Asks through the Service, again and again. Refused is allowed while something is broken; wrong never is."""
+
+    def __init__(self, world):
+        self.world, self.right, self.refused, self.wrong, self.last = world, 0, 0, [], 0.0
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self):
+        asked = pictures()
+        while not self.ended.wait(0.2):
+            file, expected = asked[(self.right + self.refused) % len(asked)]
+            try:
+                answer = self.world.ask(NS, NAME, file, timeout=5)  # of a node that was cut off nothing comes, not even a refusal
+            except (OSError, ValueError, KeyError, StopIteration):
+                self.refused += 1
+                continue
+            if answer == expected:
+                self.right, self.last = self.right + 1, time.monotonic()
+            else:
+                self.wrong.append((file.name, expected, answer))
+
+    def end(self):
+        self.ended.set()
+        self.thread.join()
+        self.world.check(f"{self.right} answers meanwhile, {self.refused} refused, none wrong", self.right > 20 and not self.wrong, self.wrong)
+
+
+class Hung:
+    """A second pipeline whose stage hangs while the first has other troubles: liveness takes a minute to be sure."""
+
+    def __init__(self, world):
+        self.world, self.took = world, None
+        self.pod = f"slow-0-stage-0-{world.epoch(NS, 'slow')}"
+        self.epoch = world.epoch(NS, "slow")
+        os.kill(world.process(self.pod)[1], signal.SIGSTOP)
+        self.since = time.monotonic()
+        threading.Thread(target=self.look, daemon=True).start()
+
+    def look(self):
+        while not self.world.holds(lambda: self.world.ready(NS, "slow") and self.world.epoch(NS, "slow") > self.epoch):
+            time.sleep(0.5)
+        self.took = time.monotonic() - self.since
+
+    def end(self):
+        world = self.world
+        world.within("a stage hangs: its group serves again", 120, lambda: self.took, lambda: world.condition(NS, "slow"))
+        world.check(f"which took {self.took or -1:.0f} s", self.took and self.took < 120)
+        file, right = pictures()[0]
+        world.within("and answers right", 20, lambda: world.ask(NS, "slow", file) == right)
+        world.within("the hung process is gone", 60, lambda: self.pod not in [env["QWEN_POD_NAME"] for _, _, env in world.processes()])
+        world.kubectl("-n", NS, "delete", "qp", "slow", "--timeout=60s")
+        world.within("deleted: nothing is left", 60, lambda: not world.left(NS, "slow"), lambda: world.left(NS, "slow"))
+
+
+class Faults:
+    def __init__(self, world, asker):
+        self.world, self.asker, self.stories = world, asker, 0
+
+    def serves_again(self, what, limit_s, epoch):
+        """Under a higher epoch than `epoch`, and answers."""
+        world = self.world
+        world.within(f"{what}: serves again", limit_s, lambda: world.ready(NS, NAME) and world.epoch(NS, NAME) > epoch, lambda: world.condition(NS, NAME))
+        since = time.monotonic()
+        world.within(f"{what}: and answers", 20, lambda: self.asker.last > since)
+        self.stories += 1  # a change of the spec forgets the failures so far: the growing back-off is not what these stories are about
+        world.patch(NS, NAME, restart={"budget": 100 + self.stories})
+        world.within("it took note of that", 10, lambda: world.ready(NS, NAME))
+
+    def pod(self, role):
+        return f"{NAME}-0-{role}-{self.world.epoch(NS, NAME)}"
+
+    def leader(self):
+        """(node, pid) of the operator that leads."""
+        holder = self.world.call("/apis/coordination.k8s.io/v1/namespaces/qwen-system/leases/qwen-controller")["spec"]["holderIdentity"]
+        return next((node, pid) for node, pid, env in self.world.processes("qwen-controller") if holder.startswith(env["QWEN_POD_NAME"]))
+
+    # -- stories
+
+    def stage_killed(self):
+        epoch = self.world.epoch(NS, NAME)
+        os.kill(self.world.process(self.pod("stage-2"))[1], signal.SIGKILL)
+        self.serves_again("a stage is killed", 45, epoch)
+
+    def head_killed(self):
+        epoch = self.world.epoch(NS, NAME)
+        os.kill(self.world.process(self.pod("head"))[1], signal.SIGKILL)
+        self.serves_again("the head is killed", 60, epoch)
+
+    def api_server_killed(self):
+        epoch = self.world.epoch(NS, NAME)
+        self.world.cluster.kill("kube-apiserver")
+        os.kill(self.world.process(f"{NAME}-0-stage-3-{epoch}")[1], signal.SIGKILL)
+        time.sleep(5)
+        self.world.cluster.run("kube-apiserver")
+        self.world.cluster.ready()
+        self.serves_again("a stage is killed while the API server is dead", 90, epoch)
+
+    def operator_killed(self):
+        epoch = self.world.epoch(NS, NAME)
+        _, leader = self.leader()
+        os.kill(self.world.process(self.pod("stage-0"))[1], signal.SIGKILL)
+        self.world.within("the operator begins the next epoch", 20, lambda: any(n.endswith(f"-{epoch + 1}") for n in self.world.pods(NS, NAME)))
+        os.kill(leader, signal.SIGKILL)
+        made = len([n for n in self.world.pods(NS, NAME) if n.endswith(f"-{epoch + 1}")])
+        self.serves_again(f"the operator is killed with {made} of 5 pods made", 90, epoch)
+
+    def leader_frozen(self):
+        world, epoch = self.world, self.world.epoch(NS, NAME)
+        world.within("two operators run", 60, lambda: len(world.processes("qwen-controller")) == 2)
+        _, frozen = self.leader()
+        os.kill(frozen, signal.SIGSTOP)
+        os.kill(world.process(self.pod("stage-2"))[1], signal.SIGKILL)
+        world.within("the leading operator is frozen: the other one leads", 30, lambda: self.leader()[1] != frozen)
+        os.kill(frozen, signal.SIGCONT)
+        world.within("the frozen one wakes up and ends itself", 10, lambda: frozen not in [pid for _, pid, _ in world.processes("qwen-controller")])
+        self.serves_again("a stage was killed meanwhile", 45, epoch)
+
+    def node_without_power(self):
+        world, epoch = self.world, self.world.epoch(NS, NAME)
+        there = [env["QWEN_POD_NAME"] for node, _, env in world.processes() if node.name == "node2"]
+        world.check(f"node2 has {len(there)} pods of the group", there)
+        world.cluster.kill("node2")
+        world.within("node2's power is cut: the group comes to stand on node1", 90, lambda: world.ready(NS, NAME) and world.epoch(NS, NAME) > epoch and
+                     {p["spec"]["nodeName"] for n, p in world.pods(NS, NAME).items() if n in world.living(NS, NAME)} == {"node1"}, lambda: world.condition(NS, NAME))
+        self.serves_again("with one node less", 10, epoch)
+        world.cluster.run("node2")
+        world.cluster.wait_for_node("node2")
+        world.within("power is back: nothing of the old group is left", 60, lambda: len(world.pods(NS, NAME)) == 5 and len(world.processes()) == 5,
+                     lambda: (sorted(world.pods(NS, NAME)), world.processes()))
+
+    def node_without_cable(self):
+        world = self.world
+        if not any(node.name == "node2" for node, _, _ in world.processes()):  # after the power cut it stands on node1
+            world.kubectl("cordon", "node1")
+            os.kill(world.process(self.pod("stage-1"))[1], signal.SIGKILL)
+            self.serves_again("moved to node2", 60, world.epoch(NS, NAME))
+            world.kubectl("uncordon", "node1")
+        epoch = world.epoch(NS, NAME)
+        world.cluster.node("node2").cable("down")
+        world.within("node2's cable is pulled: the group comes to stand on node1", 90, lambda: world.ready(NS, NAME) and world.epoch(NS, NAME) > epoch, lambda: world.condition(NS, NAME))
+        zombies = [env["QWEN_POD_NAME"] for node, _, env in world.processes() if node.name == "node2"]
+        world.check(f"{len(zombies)} processes of the old epoch live on, cut off", zombies, world.processes())
+        self.serves_again("beside them", 10, epoch)
+        world.cluster.node("node2").cable("up")
+        world.within("the cable is back: they go, and only one group is left", 90, lambda: len(world.processes()) == 5 and len(world.pods(NS, NAME)) == 5,
+                     lambda: (sorted(world.pods(NS, NAME)), world.processes()))
+
+
+def main():
+    with World(nodes=2) as world:
+        world.install()
+        world.namespace(NS)
+        world.claim(NS, NAME, ROOT / "docs/examples/digits-checkpoint")
+        world.apply(world.manifest(NS, NAME, 4, restart={"budget": 100, "backoffSeconds": 1}, server={"drainTimeoutSeconds": 5}))
+        world.apply(world.manifest(NS, "slow", 1, server={"drainTimeoutSeconds": 5}))
+        for name in (NAME, "slow"):
+            world.within(f"{name} serves", 90, lambda: world.ready(NS, name), lambda: world.condition(NS, name))
+        hung = Hung(world)
+        asker = Asker(world)
+        faults = Faults(world, asker)
+        for story in (faults.stage_killed, faults.head_killed, faults.operator_killed, faults.leader_frozen, hung.end, faults.api_server_killed,
+                      faults.node_without_power, faults.node_without_cable):
+            print(f"---- {story.__qualname__}", flush=True)
+            story()
+        asker.end()
+        world.kubectl("-n", NS, "delete", "qp", NAME, "--timeout=60s")
+        world.within("deleted: nothing is left", 60, lambda: not world.left(NS, NAME), lambda: world.left(NS, NAME))
+        world.invariants.end()
+    return 1 if world.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
