@@ -67,7 +67,7 @@ std::string Identity(const Flags& flags) {
   return name + "_" + std::to_string(device());
 }
 
-HttpListener::Routes Routes(const reconcile::Reconciler& reconciler, const prometheus::Registry& registry) {
+HttpListener::Routes Routes(reconcile::Reconciler& reconciler, const prometheus::Registry& registry) {
   const auto ready = [&reconciler] {
     return reconciler.synced() ? HttpReply{.body = "ready\n"} : HttpReply{.status = 503, .body = "reading the cluster's state\n"};
   };

@@ -17,6 +17,7 @@ using Names = std::array<std::pair<std::string_view, T>, 3>;
 constexpr Names<DtypeChoice> kDtypes = {{{"Auto", DtypeChoice::kAuto}, {"Float32", DtypeChoice::kFloat32}, {"BFloat16", DtypeChoice::kBFloat16}}};
 constexpr Names<TransportType> kTransports = {{{"Auto", TransportType::kAuto}, {"TCP", TransportType::kTcp}, {"NCCL", TransportType::kNccl}}};
 constexpr std::array<std::pair<std::string_view, Device>, 2> kDevices = {{{"Cuda", Device::kCuda}, {"Cpu", Device::kCpu}}};
+constexpr std::array<std::pair<std::string_view, NetworkPolicyMode>, 2> kNetworkPolicies = {{{"Managed", NetworkPolicyMode::kManaged}, {"None", NetworkPolicyMode::kNone}}};
 constexpr std::array<std::pair<std::string_view, contract::BalancePolicy>, 2> kBalances = {
     {{"Time", contract::BalancePolicy::kTime}, {"EvenLayers", contract::BalancePolicy::kEvenLayers}}};
 
@@ -218,6 +219,7 @@ void ParseServer(Object& o, Server& server) {
   });
   o.Texts("allowedImageHosts", server.allowed_image_hosts, 64, 253);
   o.Integer("drainTimeoutSeconds", server.drain_timeout_seconds, 0, 3600);
+  o.Integer("preStopSeconds", server.pre_stop_seconds, 0, 300);
 }
 
 }  // namespace
@@ -240,6 +242,8 @@ Result<QwenPipeline> ParsePipeline(std::string_view text) {
     o.Text("name", pipeline.metadata.name, 253, true);
     if (!pipeline.metadata.name.empty() && !IsLabel(pipeline.metadata.name, contract::kPipelineNameBytesMax))
       o.Problem("name", "must be at most " + std::to_string(contract::kPipelineNameBytesMax) + " lower-case letters, digits and '-'");
+    if (!pipeline.metadata.name.empty() && std::isdigit(static_cast<unsigned char>(pipeline.metadata.name.front())))
+      o.Problem("name", "must begin with a letter, as the Service of that name must");
     o.Text("namespace", pipeline.metadata.namespace_name, 63);
     o.Text("uid", pipeline.metadata.uid, 64);
     for (const char* key : {"labels", "annotations", "generation", "resourceVersion", "creationTimestamp", "deletionTimestamp", "managedFields", "finalizers",
@@ -257,6 +261,7 @@ Result<QwenPipeline> ParsePipeline(std::string_view text) {
       restart.Integer("budget", spec.restart.budget, 0, 1000);
       restart.Integer("backoffSeconds", spec.restart.backoff_seconds, 1, 3600);
     });
+    o.Enum("networkPolicy", kNetworkPolicies, spec.network_policy);
     o.Integer("replicas", spec.replicas, 0, 1000);
     o.Bool("suspend", spec.suspend);
     if (spec.engine.device == Device::kCpu && spec.transport.type == TransportType::kNccl) o.Problem("transport", "type NCCL needs spec.engine.device Cuda");
@@ -296,11 +301,12 @@ std::string PipelineToJson(const QwenPipeline& p) {
   if (s.engine.kv_cache_tokens) engine["kvCacheTokens"] = *s.engine.kv_cache_tokens;
   if (s.engine.threads) engine["threads"] = *s.engine.threads;
   Json& server = json["spec"]["server"];
-  server = {{"port", s.server.port}, {"drainTimeoutSeconds", s.server.drain_timeout_seconds}};
+  server = {{"port", s.server.port}, {"drainTimeoutSeconds", s.server.drain_timeout_seconds}, {"preStopSeconds", s.server.pre_stop_seconds}};
   if (s.server.api_keys.secret_name) server["apiKeys"]["secretName"] = *s.server.api_keys.secret_name;
   if (s.server.api_keys.file) server["apiKeys"]["file"] = *s.server.api_keys.file;
   for (const std::string& host : s.server.allowed_image_hosts) server["allowedImageHosts"].push_back(host);
   json["spec"]["restart"] = {{"budget", s.restart.budget}, {"backoffSeconds", s.restart.backoff_seconds}};
+  json["spec"]["networkPolicy"] = NameOf(kNetworkPolicies, s.network_policy);
   json["spec"]["replicas"] = s.replicas;
   json["spec"]["suspend"] = s.suspend;
   return json.dump(2);

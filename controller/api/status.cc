@@ -9,8 +9,8 @@ namespace qwen::api {
 namespace {
 using Json = nlohmann::json;
 
-constexpr std::array<std::pair<std::string_view, GroupPhase>, 4> kPhases = {
-    {{"Forming", GroupPhase::kForming}, {"Formed", GroupPhase::kFormed}, {"Down", GroupPhase::kDown}, {"Failed", GroupPhase::kFailed}}};
+constexpr std::array<std::pair<std::string_view, GroupPhase>, 5> kPhases = {
+    {{"Forming", GroupPhase::kForming}, {"Formed", GroupPhase::kFormed}, {"Down", GroupPhase::kDown}, {"Failed", GroupPhase::kFailed}, {"Leaving", GroupPhase::kLeaving}}};
 
 std::string TimeText(int64_t seconds) {
   const time_t time = seconds;

@@ -23,7 +23,8 @@ struct Condition {  // metav1.Condition
 
 // kForming: pods of this epoch may be missing because they are being created. kFormed: all were there once, so one that is
 // missing was lost. kDown: a failure was counted, the restart waits for its back-off. kFailed: given up until the spec changes.
-enum class GroupPhase { kForming, kFormed, kDown, kFailed };
+// kLeaving: it drains and goes, because it is not wanted; wanted again, it begins anew.
+enum class GroupPhase { kForming, kFormed, kDown, kFailed, kLeaving };
 struct GroupRecord {
   int32_t replica = 0;
   int64_t epoch = 0;

@@ -72,6 +72,7 @@ struct Server {
   ApiKeys api_keys;
   std::vector<std::string> allowed_image_hosts;  // http(s) image URLs are fetched from these only; none: data: URLs only
   int32_t drain_timeout_seconds = 60;
+  int32_t pre_stop_seconds = 5;  // in a cluster: a head that is to end serves on for so long, until no proxy sends it new connections
 };
 
 // What a group's failures cost. A group that was ready for 10 minutes begins anew.
@@ -79,6 +80,8 @@ struct Restart {
   int32_t budget = 5;            // failures after which the group is given up, its pods kept for a look
   int32_t backoff_seconds = 10;  // before the second restart, then doubled up to 5 min; the first is at once
 };
+
+enum class NetworkPolicyMode { kManaged, kNone };  // kManaged: the operator makes one for the pipeline
 
 struct Metadata {
   std::string name;
@@ -92,6 +95,7 @@ struct Spec {
   Engine engine;
   Server server;
   Restart restart;
+  NetworkPolicyMode network_policy = NetworkPolicyMode::kManaged;
   int32_t replicas = 1;  // whole pipelines
   bool suspend = false;
 };

@@ -69,7 +69,10 @@ class Planner {
     for (const ObservedPod* pod : members_.stale) Remove(pod);
     Count();
     if (!input_.wanted) {
-      if (Retire("ScalingDown")) plan_.record.reset();
+      record().phase = GroupPhase::kLeaving;
+      if (Retire(input_.leaving)) plan_.record.reset();
+    } else if (plan_.record->phase == GroupPhase::kLeaving) {
+      Return();
     } else if (plan_.record->phase == GroupPhase::kFailed) {
       plan_.blocker = Blocker{100, "GaveUp", plan_.record->last_failure_message};
     } else if (plan_.record->revision != input_.revision) {
@@ -164,6 +167,13 @@ class Planner {
     }
     if (!empty) plan_.blocker = Blocker{3, reason, "group " + std::to_string(input_.replica) + " is being deleted"};
     return empty;
+  }
+
+  // Wanted again before it was gone: no failure, so none is counted.
+  void Return() {
+    if (Draining("Updating")) return;
+    Replace();
+    plan_.blocker = Blocker{3, "Updating", "group " + std::to_string(input_.replica) + " begins again under epoch " + std::to_string(record().epoch)};
   }
 
   // Another revision is wanted. A group that serves waits for its turn and drains; one that does not has nothing to lose.

@@ -2,11 +2,12 @@
 //
 //   no record ──▶ Forming ──all pods exist──▶ Formed ──a pod ended or is gone──▶ Down ──back-off over──▶ Forming, epoch + 1
 //                                                                                  └──budget spent, or hopeless──▶ Failed
+//   any ──not wanted──▶ Leaving ──head gone, then stages gone──▶ no record; wanted again before: Forming, epoch + 1
 // A group is replaced as a whole: its stages cannot yet keep their weights while one of them is away. Nothing is ever created
 // again under an epoch once the group was complete, so two groups of one epoch cannot be.
 // A pod on a node that is lost is lost at once: the next epoch begins beside what may still run there, and is not counted against the
 // budget. Such pods' objects are deleted by force only when their node is gone.
-// What ends while it serves (another revision, scale down, suspend) drains first: the head is deleted and finishes its requests,
+// What ends while it serves (another revision, scale down, suspend, deletion) drains first: the head is deleted and finishes its requests,
 // then the stages go.
 #pragma once
 #include <cstdint>
@@ -37,6 +38,7 @@ Blocker BlockerOf(const ObservedPod& pod);
 struct GroupInput {
   int32_t replica = 0;
   bool wanted = true;    // replica < spec.replicas and not suspended
+  const char* leaving = "ScalingDown";  // reason of the condition while one that is not wanted goes
   bool may_roll = true;  // a serving group of another revision may be replaced now
   bool spec_changed = false;  // since the status was written: what was given up is tried again
   std::string revision;  // as desired

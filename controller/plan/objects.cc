@@ -1,5 +1,6 @@
 #include "controller/plan/objects.h"
 
+#include <algorithm>
 #include <array>
 
 #include "controller/plan/desired.h"
@@ -15,13 +16,14 @@ constexpr int32_t kUser = 65532;  // "nonroot" of the common base images
 constexpr int32_t kStartupSeconds = 3600;
 // The first probe meets a process that does not listen yet; a group that starts again waits this long for the second.
 constexpr int32_t kStartupPeriodSeconds = 1;
-// Beyond the drain: what closing connections and freeing a GPU take.
+// Beyond the drain: what closing connections and freeing a GPU take. A stage has nothing to finish: its head ends first.
 constexpr int32_t kGraceSlackSeconds = 15;
+constexpr int32_t kStageGraceSeconds = 30;
 
 std::string S(std::string_view text) { return std::string(text); }
 
-// FNV-1a: a fingerprint against accidents, not against anybody.
-std::string Fingerprint(const std::string& text) {
+// FNV-1a: against accidents, not against anybody.
+std::string Hash(const std::string& text) {
   uint64_t hash = 0xcbf29ce484222325;
   for (const unsigned char c : text) hash = (hash ^ c) * 0x100000001b3;
   std::array<char, 17> hex;
@@ -75,6 +77,7 @@ void AddVolumes(const api::QwenPipeline& pipeline, bool head, json& spec, json& 
 json Container(const api::QwenPipeline& pipeline, const Process& process, const std::string& image, Group group, int32_t stages) {
   const bool head = process.role == Role::kHead;
   const char* probed = head ? "api" : "metrics";
+  const int32_t pre_stop_seconds = pipeline.spec.server.pre_stop_seconds;
   json container = {{"name", head ? "head" : "stage"},
                     {"image", image},
                     {"command", {process.program}},
@@ -84,6 +87,7 @@ json Container(const api::QwenPipeline& pipeline, const Process& process, const 
                     {"readinessProbe", Probe(contract::kReadyPath, probed, 2, 1)},
                     {"securityContext",
                      {{"allowPrivilegeEscalation", false}, {"readOnlyRootFilesystem", true}, {"capabilities", {{"drop", {"ALL"}}}}}}};
+  if (head && pre_stop_seconds > 0) container["lifecycle"]["preStop"]["sleep"]["seconds"] = pre_stop_seconds;
   const auto port = [](const char* name, uint16_t number) { return json{{"name", name}, {"containerPort", number}}; };
   container["ports"] = head ? json{port("api", contract::kApiPort), port("control", contract::kControlPort)}
                             : json{port("data", contract::kDataPort), port("metrics", contract::kStageMetricsPort)};
@@ -107,12 +111,14 @@ json Pod(const api::QwenPipeline& pipeline, const Process& process, const std::s
   labels[S(contract::kLabelReplica)] = std::to_string(group.replica);
   labels[S(contract::kLabelEpoch)] = std::to_string(group.epoch);
   if (!head) labels[S(contract::kLabelStage)] = std::to_string(process.stage);
+  const api::Server& server = pipeline.spec.server;
+  const int32_t grace_seconds = head ? server.pre_stop_seconds + server.drain_timeout_seconds + kGraceSlackSeconds : kStageGraceSeconds;
   json spec = {{"restartPolicy", "Never"},
                {"hostname", name},
                {"subdomain", GroupServiceName(pipeline)},
                {"automountServiceAccountToken", false},
                {"enableServiceLinks", false},
-               {"terminationGracePeriodSeconds", pipeline.spec.server.drain_timeout_seconds + kGraceSlackSeconds},
+               {"terminationGracePeriodSeconds", grace_seconds},
                {"securityContext",
                 {{"runAsNonRoot", true}, {"runAsUser", kUser}, {"runAsGroup", kUser}, {"fsGroup", kUser}, {"seccompProfile", {{"type", "RuntimeDefault"}}}}}};
   json container = Container(pipeline, process, image, group, stages);
@@ -151,10 +157,35 @@ Result<std::vector<json>> UnstampedPods(const api::QwenPipeline& pipeline, const
   return pods;
 }
 
-json Service(const api::QwenPipeline& pipeline, const std::string& name, json spec) {
-  json service = {{"apiVersion", "v1"}, {"kind", "Service"}, {"metadata", Metadata(pipeline, name)}, {"spec", std::move(spec)}};
-  service["metadata"]["annotations"][S(kAppliedAnnotation)] = Fingerprint(service.dump());
-  return service;
+json Child(const api::QwenPipeline& pipeline, const char* version, const char* kind, const std::string& name, json spec) {
+  return {{"apiVersion", version}, {"kind", kind}, {"metadata", Metadata(pipeline, name)}, {"spec", std::move(spec)}};
+}
+
+json Matching(const api::QwenPipeline& pipeline) { return {{"matchLabels", {{S(contract::kLabelPipeline), pipeline.metadata.name}}}}; }
+
+// Head and stages among themselves (control, data, NCCL's ports); everybody else the API and the metrics. Named ports: only a head
+// has "api". Outgoing connections are left alone: image hosts, DNS and the network of the GPUs differ from cluster to cluster.
+json NetworkPolicy(const api::QwenPipeline& pipeline) {
+  const auto port = [](const char* name) { return json{{"port", name}, {"protocol", "TCP"}}; };
+  return Child(pipeline, "networking.k8s.io/v1", "NetworkPolicy", pipeline.metadata.name,
+               {{"podSelector", Matching(pipeline)}, {"policyTypes", {"Ingress"}},
+                {"ingress", {{{"from", {{{"podSelector", Matching(pipeline)}}}}}, {{"ports", {port("api"), port("metrics")}}}}}});
+}
+
+// One pod may be evicted when all are ready. That takes its group down, and no other group loses one until it serves again. Pods
+// that are not ready may go at any time, or a group that cannot start would hold up the drain of its nodes for ever.
+json DisruptionBudget(const api::QwenPipeline& pipeline) {
+  const api::Spec& spec = pipeline.spec;
+  const int32_t pods = (spec.suspend ? 0 : spec.replicas) * (spec.stages.size() + 1);
+  return Child(pipeline, "policy/v1", "PodDisruptionBudget", pipeline.metadata.name,
+               {{"minAvailable", std::max(0, pods - 1)}, {"selector", Matching(pipeline)}, {"unhealthyPodEvictionPolicy", "AlwaysAllow"}});
+}
+
+// The value at `key`, or null: what the API server leaves out and what it was never given are the same.
+const json& At(const json& object, const char* key) {
+  static const json kNull;
+  const auto found = object.is_object() ? object.find(key) : object.end();
+  return object.is_object() && found != object.end() ? *found : kNull;
 }
 
 }  // namespace
@@ -178,19 +209,39 @@ Result<std::string> Revision(const api::QwenPipeline& pipeline, const Images& im
   ASSIGN_OR_RETURN(const std::vector<json> pods, UnstampedPods(pipeline, images, {}));
   std::string text;
   for (const json& pod : pods) text += pod.at("spec").dump();
-  return Fingerprint(text);
+  return Hash(text);
 }
 
-std::vector<json> Services(const api::QwenPipeline& pipeline) {
+std::vector<json> Children(const api::QwenPipeline& pipeline) {
   const auto port = [](const char* name, int32_t number) { return json{{"name", name}, {"port", number}, {"targetPort", name}, {"protocol", "TCP"}}; };
   const json all = {{S(contract::kLabelPipeline), pipeline.metadata.name}};
   json heads = all;
   heads[S(contract::kLabelRole)] = S(contract::kRoleHead);
   const int32_t api_port = pipeline.spec.server.port != 0 ? pipeline.spec.server.port : contract::kApiPort;
-  return {Service(pipeline, ApiServiceName(pipeline), {{"selector", heads}, {"ports", {port("api", api_port)}}}),
-          Service(pipeline, GroupServiceName(pipeline),
-                  {{"selector", all}, {"clusterIP", "None"}, {"publishNotReadyAddresses", true},
-                   {"ports", {port("control", contract::kControlPort), port("data", contract::kDataPort)}}})};
+  std::vector<json> children = {
+      Child(pipeline, "v1", "Service", ApiServiceName(pipeline), {{"selector", heads}, {"ports", {port("api", api_port)}}}),
+      Child(pipeline, "v1", "Service", GroupServiceName(pipeline),
+            {{"selector", all}, {"clusterIP", "None"}, {"publishNotReadyAddresses", true},
+             {"ports", {port("control", contract::kControlPort), port("data", contract::kDataPort)}}}),
+      DisruptionBudget(pipeline)};
+  if (pipeline.spec.network_policy == api::NetworkPolicyMode::kManaged) children.push_back(NetworkPolicy(pipeline));
+  return children;
+}
+
+std::string ChildName(const json& object) { return object.at("kind").get<std::string>() + "/" + object.at("metadata").at("name").get<std::string>(); }
+
+std::string Fingerprint(const json& child) {
+  const json& spec = At(child, "spec");
+  json essence = json::array();
+  essence.push_back(At(spec, "selector"));
+  // Of a Service; the server adds clusterIP, nodePort and more.
+  essence.push_back(At(spec, "clusterIP") == "None");
+  essence.push_back(At(spec, "publishNotReadyAddresses") == true);
+  if (const json& ports = At(spec, "ports"); ports.is_array())
+    for (const json& port : ports) essence.push_back({At(port, "name"), At(port, "port"), At(port, "targetPort"), At(port, "protocol")});
+  for (const char* key : {"minAvailable", "maxUnavailable", "unhealthyPodEvictionPolicy", "podSelector", "policyTypes", "ingress", "egress"})
+    essence.push_back(At(spec, key));
+  return Hash(essence.dump());
 }
 
 json HandshakeSecret(const api::QwenPipeline& pipeline, const std::string& value) {

@@ -2,6 +2,7 @@
 //
 //   NAME                          Service of the OpenAI API: every ready head
 //   NAME-group                    headless Service: DNS names of all pods, ready or not, for the rendezvous
+//   NAME                          NetworkPolicy: who reaches the pods; PodDisruptionBudget: one group down at a time
 //   NAME-handshake                Secret of the handshake; created once, its value is never looked at again
 //   NAME-<replica>-head-<epoch>   pods; NAME-<replica>-stage-<index>-<epoch>
 //
@@ -18,9 +19,6 @@
 #include "stage/base/status.h"
 
 namespace qwen::plan {
-
-// Annotation of applied objects: a hash of what was applied, so that an unchanged one costs no request.
-inline constexpr std::string_view kAppliedAnnotation = "qwenpipeline.dev/applied";
 
 struct Images {
   std::string head;
@@ -43,8 +41,13 @@ Result<std::vector<nlohmann::json>> GroupPods(const api::QwenPipeline& pipeline,
 // changes when a new version of the controller makes other pods.
 Result<std::string> Revision(const api::QwenPipeline& pipeline, const Images& images);
 
-// With kAppliedAnnotation.
-std::vector<nlohmann::json> Services(const api::QwenPipeline& pipeline);
+// What stands beside the pods but the Secret: Services, NetworkPolicy, PodDisruptionBudget. To be applied where Fingerprint tells
+// another one than that of what is there: somebody changed it, or it is to change.
+std::vector<nlohmann::json> Children(const api::QwenPipeline& pipeline);
+// "Service/q"
+std::string ChildName(const nlohmann::json& object);
+// Of those fields of a child that Children sets, in an object of ours or of the API server's, who adds others.
+std::string Fingerprint(const nlohmann::json& child);
 nlohmann::json HandshakeSecret(const api::QwenPipeline& pipeline, const std::string& value);
 
 }  // namespace qwen::plan

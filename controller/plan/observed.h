@@ -45,8 +45,11 @@ struct Observed {
   int64_t generation = 0;
   api::PipelineStatus previous;
   std::vector<ObservedPod> pods;                // owned by the pipeline, in any order
-  std::map<std::string, std::string> services;  // name -> hash of what was applied (objects.h)
+  std::map<std::string, std::string> children;  // "Kind/name" -> Fingerprint (objects.h) of what stands there
   bool has_secret = false;
+  bool has_finalizer = false;
+  bool deleting = false;    // the pipeline
+  std::string spec_error;   // this controller cannot read the spec, which the API server took; `pipeline` is then metadata only
   std::string write_error;  // the API server's refusal of our last writes ("exceeded quota: ..."); empty: none
 };
 

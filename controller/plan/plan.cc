@@ -45,24 +45,66 @@ void Tell(const Observed& observed, const GroupPlan& group, Actions& actions) {
     actions.notices.push_back({false, "GroupCreated", "CreatePods", "replica " + replica + " begins under epoch " + std::to_string(group.record->epoch)});
 }
 
+// What runs goes on running: an edit that cannot be carried out is no reason to stop serving.
+Actions Reject(const Observed& observed, const std::string& error, int64_t now_seconds) {
+  Actions actions;
+  actions.status = MakeStatus(observed, {}, error, now_seconds);
+  const api::Condition* before = FindCondition(observed.previous, "Ready");
+  if (before == nullptr || before->reason != "InvalidSpec" || before->message != error) actions.notices.push_back({true, "InvalidSpec", "Reconcile", error});
+  return actions;
+}
+
+void Remove(const GroupPlan& group, Actions& actions) {
+  for (const ObservedPod* pod : group.remove) actions.delete_pods.push_back({pod->name, pod->uid, pod->node_state == NodeState::kGone});
+  if (group.wake_seconds) actions.wake_seconds = std::min(actions.wake_seconds.value_or(*group.wake_seconds), *group.wake_seconds);
+}
+
+// Each group as on a scale down: its head finishes its requests, then its stages go. Services, Secret and the rest stay until then,
+// and Kubernetes deletes them with the pipeline. Without the finalizer that already happens.
+Actions Retire(const Observed& observed, int64_t now_seconds) {
+  Actions actions;
+  actions.status = observed.previous;
+  if (!observed.has_finalizer) return actions;
+  std::vector<GroupPlan> groups;
+  bool empty = true;
+  for (const auto& [index, replica] : Replicas(observed, 0)) {
+    // No revision: of the group as it is, whatever the spec says by now.
+    groups.push_back(PlanGroup(observed.pipeline, {.replica = index, .wanted = false, .leaving = "Deleting", .now_seconds = now_seconds, .record = replica.record,
+                                                   .pods = replica.pods}));
+    // Kubernetes has been told to delete these; a node that does not answer must not keep the pipeline's object.
+    const auto stuck = [](const ObservedPod* pod) { return pod->deleting && pod->node_state != NodeState::kFine; };
+    empty &= !groups.back().record || (!replica.pods.empty() && std::all_of(replica.pods.begin(), replica.pods.end(), stuck));
+    Remove(groups.back(), actions);
+  }
+  actions.remove_finalizer = empty;
+  if (!empty) actions.status = MakeStatus(observed, groups, "", now_seconds);
+  return actions;
+}
+
+void PlanChildren(const Observed& observed, Actions& actions) {
+  std::map<std::string, std::string> unwanted = observed.children;
+  for (nlohmann::json& child : Children(observed.pipeline)) {
+    const std::string name = ChildName(child);
+    const auto known = observed.children.find(name);
+    if (known == observed.children.end() || known->second != Fingerprint(child)) actions.apply.push_back(std::move(child));
+    unwanted.erase(name);
+  }
+  for (const auto& [name, fingerprint] : unwanted) actions.delete_children.push_back(name);
+}
+
 }  // namespace
 
 Actions MakePlan(const Observed& observed, const Images& images, int64_t now_seconds) {
+  if (observed.deleting) return Retire(observed, now_seconds);
+  if (!observed.spec_error.empty()) return Reject(observed, observed.spec_error, now_seconds);
   Actions actions;
   const api::Spec& spec = observed.pipeline.spec;
   const Result<std::string> revision = Revision(observed.pipeline, images);
-  if (!revision.ok()) {  // what runs goes on running: an edit that cannot be carried out is no reason to stop serving
-    actions.status = MakeStatus(observed, {}, revision.status().message(), now_seconds);
-    return actions;
-  }
+  if (!revision.ok()) return Reject(observed, revision.status().message(), now_seconds);
 
+  actions.add_finalizer = !observed.has_finalizer;
   actions.create_secret = !observed.has_secret;
-  for (nlohmann::json& service : Services(observed.pipeline)) {
-    const auto known = observed.services.find(service.at("metadata").at("name").get<std::string>());
-    if (known == observed.services.end() || known->second != service.at("metadata").at("annotations").at(std::string(kAppliedAnnotation)).get<std::string>())
-      actions.apply_services.push_back(std::move(service));
-  }
-
+  PlanChildren(observed, actions);
   const int32_t wanted = spec.suspend ? 0 : spec.replicas;
   const std::map<int32_t, Replica> replicas = Replicas(observed, wanted);
   int64_t epoch = observed.previous.epoch;  // one counter for all replicas: an epoch never comes back, not even after scaling down
@@ -78,13 +120,12 @@ Actions MakePlan(const Observed& observed, const Images& images, int64_t now_sec
     if (outdated && all_serve && input.wanted) all_serve = false;  // this one's turn; the next waits until it serves again
     GroupPlan group = PlanGroup(observed.pipeline, input);
     if (group.record) epoch = std::max(epoch, group.record->epoch);
-    for (const ObservedPod* pod : group.remove) actions.delete_pods.push_back({pod->name, pod->uid, pod->node_state == NodeState::kGone});
+    Remove(group, actions);
     if (!group.create.empty()) {
       Result<std::vector<nlohmann::json>> pods = GroupPods(observed.pipeline, images, {.replica = index, .epoch = group.record->epoch});
       QP_CHECK(pods.ok()) << pods.status().ToString();  // Revision made them before
       for (const int32_t stage : group.create) actions.create_pods.push_back(std::move((*pods)[static_cast<size_t>(stage + 1)]));
     }
-    if (group.wake_seconds) actions.wake_seconds = std::min(actions.wake_seconds.value_or(*group.wake_seconds), *group.wake_seconds);
     Tell(observed, group, actions);
     groups.push_back(std::move(group));
   }

@@ -26,15 +26,19 @@ struct PodRef {
 // In the order in which it is to be done. When `status` cannot be written nothing else may be.
 struct Actions {
   api::PipelineStatus status;  // to be written when it differs from the snapshot's
+  bool add_finalizer = false;  // before anything is made
   bool create_secret = false;
-  std::vector<nlohmann::json> apply_services;
+  std::vector<nlohmann::json> apply;           // children, by server-side apply
+  std::vector<std::string> delete_children;    // "Kind/name": children that the spec no longer wants
   std::vector<PodRef> delete_pods;
   std::vector<nlohmann::json> create_pods;
+  bool remove_finalizer = false;  // nothing is left to wait for
   std::vector<Notice> notices;
   std::optional<int64_t> wake_seconds;  // absolute, as `now_seconds`
 
   size_t writes(const Observed& observed) const {
-    return (status != observed.previous) + create_secret + apply_services.size() + delete_pods.size() + create_pods.size();
+    return (status != observed.previous) + add_finalizer + create_secret + apply.size() + delete_children.size() + delete_pods.size() + create_pods.size() +
+           remove_finalizer;
   }
 };
 Actions MakePlan(const Observed& observed, const Images& images, int64_t now_seconds);

@@ -42,7 +42,6 @@ api::PipelineStatus MakeStatus(const Observed& observed, const std::vector<Group
   const api::Spec& spec = observed.pipeline.spec;
   api::PipelineStatus status = observed.previous;
   status.observed_generation = observed.generation;
-  status.replicas = status.ready_replicas = 0;
   status.selector = std::string(contract::kLabelPipeline) + "=" + observed.pipeline.metadata.name + "," + std::string(contract::kLabelRole) + "=" +
                     std::string(contract::kRoleHead);
   Conditions conditions(observed, now_seconds);
@@ -57,8 +56,9 @@ api::PipelineStatus MakeStatus(const Observed& observed, const std::vector<Group
   }
 
   status.groups.clear();
+  status.replicas = status.ready_replicas = 0;
   int32_t stages_ready = 0;
-  const int32_t wanted = spec.suspend ? 0 : spec.replicas;
+  const int32_t wanted = spec.suspend || observed.deleting ? 0 : spec.replicas;
   std::optional<Blocker> worst;
   bool failed = false;
   for (const GroupPlan& group : groups) {

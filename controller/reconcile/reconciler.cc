@@ -1,5 +1,6 @@
 #include "controller/reconcile/reconciler.h"
 
+#include <algorithm>
 #include <random>
 
 #include "controller/kube/time_text.h"
@@ -28,6 +29,24 @@ std::vector<std::string> OwnerUid(const View& view) {
   return view.meta.owner_uid.empty() ? std::vector<std::string>() : std::vector<std::string>{view.meta.owner_uid};
 }
 
+// `refusal`: the server's no; `error`: a failure that another try may not meet. The first of each is kept. False: neither succeeded.
+bool Judge(const Answer& answer, const std::string& what, std::string* refusal, Status* error) {
+  if (answer.ok()) return true;
+  if (answer.code == 403 || answer.code == 422 || answer.code == 400) {
+    if (refusal->empty()) *refusal = what + ": " + answer.message;
+  } else if (error->ok()) {
+    *error = answer.status().WithContext(what);
+  }
+  return false;
+}
+
+const kube::Resource& ResourceOf(const std::string& child_name) {
+  for (const kube::Resource* resource : {&resources::kServices, &resources::kNetworkPolicies, &resources::kPodDisruptionBudgets})
+    if (child_name.starts_with(resource->kind + "/")) return *resource;
+  QP_CHECK(false) << child_name;
+  return resources::kServices;
+}
+
 // 32 bytes of the system's randomness.
 std::string NewSecret() {
   std::random_device device;
@@ -53,7 +72,9 @@ Reconciler::Reconciler(kube::Transport& transport, kube::Client& client, kube::E
       controller_({.name = "qwenpipeline", .workers = options_.workers}, [this](const ObjectKey& key) { return Reconcile(key); }, clock, metrics),
       pipelines_{{Watching(resources::kQwenPipelines, options_.namespace_name, false), DecodePipeline}, {}},
       pods_{{Watching(resources::kPods, options_.namespace_name, true), DecodePod}, {}},
-      services_{{Watching(resources::kServices, options_.namespace_name, true), DecodeService}, {}},
+      services_{{Watching(resources::kServices, options_.namespace_name, true), DecodeChild}, {}},
+      policies_{{Watching(resources::kNetworkPolicies, options_.namespace_name, true), DecodeChild}, {}},
+      budgets_{{Watching(resources::kPodDisruptionBudgets, options_.namespace_name, true), DecodeChild}, {}},
       secrets_{{Watching(resources::kSecrets, options_.namespace_name, true), DecodeSecret}, {}},
       nodes_({.resource = resources::kNodes}, DecodeNode) {
   const auto enqueue = [this](const ObjectKey& key, bool initial) {
@@ -63,12 +84,15 @@ Reconciler::Reconciler(kube::Transport& transport, kube::Client& client, kube::E
   const auto watch_children = [&](auto& children) {
     children.informer.store().AddIndex(kByOwner, [](const auto& view) { return OwnerUid(view); });
     children.informer.AddHandler({.on_change = [enqueue](const auto& old, const auto& now, bool initial) {
-      const kube::ObjectMeta& meta = (now ? now : old)->meta;
-      if (!meta.owner_name.empty()) enqueue({meta.key.namespace_name, meta.owner_name}, initial);
+      const kube::ObjectMeta& meta = (now ? now : old)->meta;  // by the label, because somebody may have taken the owner away
+      if (const auto label = meta.labels.find(std::string(contract::kLabelPipeline)); label != meta.labels.end())
+        enqueue({meta.key.namespace_name, label->second}, initial);
     }});
   };
   watch_children(pods_);
   watch_children(services_);
+  watch_children(policies_);
+  watch_children(budgets_);
   watch_children(secrets_);
   if (options_.watch_nodes) WatchNodes();
 }
@@ -93,32 +117,38 @@ void Reconciler::WatchNodes() {
 
 Reconciler::~Reconciler() { Stop(); }
 
+template <typename Each>
+void Reconciler::ForEachStore(const Each& each) {
+  each(pipelines_);
+  each(pods_);
+  each(services_);
+  each(policies_);
+  each(budgets_);
+  each(secrets_);
+}
+
 void Reconciler::Start() {
-  pipelines_.informer.Start(transport_, clock_, metrics_);
-  pods_.informer.Start(transport_, clock_, metrics_);
-  services_.informer.Start(transport_, clock_, metrics_);
-  secrets_.informer.Start(transport_, clock_, metrics_);
+  ForEachStore([this](auto& store) { store.informer.Start(transport_, clock_, metrics_); });
   if (options_.watch_nodes) nodes_.Start(transport_, clock_, metrics_);
 }
 
 bool Reconciler::WaitForSync(std::chrono::milliseconds timeout) {
-  return pipelines_.informer.WaitForSync(timeout) && pods_.informer.WaitForSync(timeout) && services_.informer.WaitForSync(timeout) &&
-         secrets_.informer.WaitForSync(timeout) && (!options_.watch_nodes || nodes_.WaitForSync(timeout));
+  bool all = !options_.watch_nodes || nodes_.WaitForSync(timeout);
+  ForEachStore([&](auto& store) { all = all && store.informer.WaitForSync(timeout); });
+  return all;
 }
 
-bool Reconciler::synced() const {
-  return pipelines_.informer.synced() && pods_.informer.synced() && services_.informer.synced() && secrets_.informer.synced() &&
-         (!options_.watch_nodes || nodes_.synced());
+bool Reconciler::synced() {
+  bool all = !options_.watch_nodes || nodes_.synced();
+  ForEachStore([&](auto& store) { all = all && store.informer.synced(); });
+  return all;
 }
 
 void Reconciler::StartWorkers() { controller_.Start(); }
 
 void Reconciler::Stop() {
   controller_.Stop();
-  pipelines_.informer.Stop();
-  pods_.informer.Stop();
-  services_.informer.Stop();
-  secrets_.informer.Stop();
+  ForEachStore([](auto& store) { store.informer.Stop(); });
   nodes_.Stop();
 }
 
@@ -132,7 +162,9 @@ bool Reconciler::UpToDate(const ObjectKey& key) {
     };
     return children.expectations.Satisfied(key, store.seen_revision(), alive, clock_.NowMicros());
   };
-  return check(pipelines_) && check(pods_) && check(services_) && check(secrets_);
+  bool all = true;
+  ForEachStore([&](auto& store) { all = all && check(store); });
+  return all;
 }
 
 // The store of nodes may be behind that of pods: a node that it does not know is asked for before it counts as gone.
@@ -149,13 +181,25 @@ void Reconciler::ReadNode(plan::ObservedPod& pod) {
 }
 
 plan::Observed Reconciler::Observe(const PipelineView& view, const ObjectKey& key) {
-  plan::Observed observed{.pipeline = *view.pipeline, .generation = view.meta.generation, .previous = view.status};
+  plan::Observed observed{.generation = view.meta.generation, .previous = view.status, .deleting = view.meta.deleting};
+  if (view.pipeline.ok()) {
+    observed.pipeline = *view.pipeline;
+  } else {
+    observed.pipeline.metadata = {.name = key.name, .namespace_name = key.namespace_name, .uid = view.meta.uid};
+    observed.spec_error = view.pipeline.status().message();
+  }
+  observed.has_finalizer = std::find(view.finalizers.begin(), view.finalizers.end(), contract::kDrainFinalizer) != view.finalizers.end();
   for (const auto& pod : pods_.informer.store().ByIndex(kByOwner, view.meta.uid)) {
     observed.pods.push_back(pod->pod);
     ReadNode(observed.pods.back());
   }
-  for (const auto& service : services_.informer.store().ByIndex(kByOwner, view.meta.uid))
-    if (!service->meta.deleting) observed.services[service->meta.key.name] = service->applied;
+  const auto look = [&](Children<ChildView>& children, const char* kind) {
+    for (const auto& child : children.informer.store().ByIndex(kByOwner, view.meta.uid))
+      if (!child->meta.deleting) observed.children[std::string(kind) + "/" + child->meta.key.name] = child->fingerprint;
+  };
+  look(services_, resources::kServices.kind.c_str());
+  look(policies_, resources::kNetworkPolicies.kind.c_str());
+  look(budgets_, resources::kPodDisruptionBudgets.kind.c_str());
   for (const auto& secret : secrets_.informer.store().ByIndex(kByOwner, view.meta.uid))
     observed.has_secret |= secret->meta.key.name == plan::SecretName(observed.pipeline);
   std::lock_guard<std::mutex> lock(mutex_);
@@ -165,15 +209,10 @@ plan::Observed Reconciler::Observe(const PipelineView& view, const ObjectKey& ke
 
 Result<kube::Requeue> Reconciler::Reconcile(const ObjectKey& key) {
   const auto view = pipelines_.informer.store().Get(key);
-  if (view == nullptr || view->meta.deleting) {  // the garbage collector takes what it owned
-    for (kube::Expectations* expectations : {&pipelines_.expectations, &pods_.expectations, &services_.expectations, &secrets_.expectations})
-      expectations->Forget(key);
+  if (view == nullptr) {  // the garbage collector takes what it owned
+    ForEachStore([&](auto& store) { store.expectations.Forget(key); });
     std::lock_guard<std::mutex> lock(mutex_);
     refusals_.erase(key);
-    return kube::Requeue{};
-  }
-  if (!view->pipeline.ok()) {
-    log::Error("the API server took a pipeline that this controller cannot read", {{"object", key.ToString()}, {"error", view->pipeline.status().message()}});
     return kube::Requeue{};
   }
   if (!UpToDate(key)) return kube::Requeue{1'000'000};  // the event that completes it comes sooner
@@ -182,11 +221,13 @@ Result<kube::Requeue> Reconciler::Reconcile(const ObjectKey& key) {
 }
 
 Result<kube::Requeue> Reconciler::Act(const PipelineView& view, const ObjectKey& key, const plan::Observed& observed, plan::Actions actions) {
+  Json newest;  // the pipeline, as our own write of the status left it
   if (actions.status != observed.previous) {
-    const Answer answer = client_.PatchStatus(resources::kQwenPipelines, key, Json::parse(api::StatusToJson(actions.status)));
+    Answer answer = client_.PatchStatus(resources::kQwenPipelines, key, Json::parse(api::StatusToJson(actions.status)));
     if (answer.NotFound()) return kube::Requeue{};
     if (!answer.ok()) return answer.status().WithContext("status");
     pipelines_.expectations.Wrote(key, kube::StringAt(answer.body, "/metadata/resourceVersion"), clock_.NowMicros());
+    newest = std::move(answer.body);
   }
   for (plan::Notice& notice : actions.notices)
     recorder_.Record({.regarding = {resources::kQwenPipelines, key, view.meta.uid, view.meta.resource_version},
@@ -194,7 +235,8 @@ Result<kube::Requeue> Reconciler::Act(const PipelineView& view, const ObjectKey&
                       .reason = std::move(notice.reason), .action = std::move(notice.action), .note = std::move(notice.note)});
   std::string refusal;
   Status error;
-  WriteAll(view, key, actions, &refusal, &error);
+  if (!actions.add_finalizer || WriteFinalizer(view, key, true, newest, &refusal, &error)) WriteAll(view, key, actions, &refusal, &error);
+  if (actions.remove_finalizer) WriteFinalizer(view, key, false, newest, &refusal, &error);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     std::string& known = refusals_[key];
@@ -210,27 +252,48 @@ Result<kube::Requeue> Reconciler::Act(const PipelineView& view, const ObjectKey&
   return kube::Requeue{std::max<int64_t>(wait, 0) + 1000};
 }
 
-// False when anything did not succeed: `refusal` is the server's no, `error` a failure that another try may not meet.
+Reconciler::Children<ChildView>& Reconciler::OfKind(const std::string& child_name) {
+  const std::string kind = child_name.substr(0, child_name.find('/'));
+  if (kind == resources::kServices.kind) return services_;
+  if (kind == resources::kNetworkPolicies.kind) return policies_;
+  QP_CHECK_EQ(kind, resources::kPodDisruptionBudgets.kind);
+  return budgets_;
+}
+
+// The list is written as a whole, so it must be the one that was read: a version that is no longer the newest is a conflict.
+bool Reconciler::WriteFinalizer(const PipelineView& view, const ObjectKey& key, bool present, const Json& newest, std::string* refusal, Status* error) {
+  std::vector<std::string> finalizers = view.finalizers;
+  std::erase(finalizers, contract::kDrainFinalizer);
+  if (present) finalizers.emplace_back(contract::kDrainFinalizer);
+  const std::string version = kube::StringAt(newest, "/metadata/resourceVersion", view.meta.resource_version);
+  const Answer answer = client_.Do(kube::MergePatchRequest(resources::kQwenPipelines, key,
+                                                           {{"metadata", {{"finalizers", finalizers}, {"resourceVersion", version}, {"uid", view.meta.uid}}}}, {},
+                                                           std::string(contract::kFieldManager)));
+  if (!present && answer.NotFound()) return true;
+  if (!Judge(answer, "finalizer", refusal, error)) return false;
+  // With its last finalizer the object goes, and its version is that of its end.
+  pipelines_.expectations.Wrote(key, kube::StringAt(answer.body, "/metadata/resourceVersion"), clock_.NowMicros());
+  return true;
+}
+
+// False when anything did not succeed.
 bool Reconciler::WriteAll(const PipelineView& view, const ObjectKey& key, plan::Actions& actions, std::string* refusal, Status* error) {
   const int64_t now = clock_.NowMicros();
-  const auto judge = [&](const Answer& answer, const std::string& what) {
-    if (answer.ok()) return true;
-    if (answer.code == 403 || answer.code == 422 || answer.code == 400) {
-      if (refusal->empty()) *refusal = what + ": " + answer.message;
-    } else if (error->ok()) {
-      *error = answer.status().WithContext(what);
-    }
-    return false;
-  };
+  const auto judge = [&](const Answer& answer, const std::string& what) { return Judge(answer, what, refusal, error); };
   const auto version = [](const Answer& answer) { return kube::StringAt(answer.body, "/metadata/resourceVersion"); };
 
   if (actions.create_secret) {
     const Answer answer = client_.Create(resources::kSecrets, plan::HandshakeSecret(*view.pipeline, NewSecret()));
     if (!answer.AlreadyExists() && judge(answer, "secret")) secrets_.expectations.Wrote(key, version(answer), now);
   }
-  for (const Json& service : actions.apply_services) {
-    const Answer answer = client_.Apply(resources::kServices, service);
-    if (judge(answer, "service " + kube::KeyOf(service).name)) services_.expectations.Wrote(key, version(answer), now);
+  for (const Json& child : actions.apply) {
+    const std::string name = plan::ChildName(child);
+    const Answer answer = client_.Apply(ResourceOf(name), child);
+    if (judge(answer, name)) OfKind(name).expectations.Wrote(key, version(answer), now);
+  }
+  for (const std::string& name : actions.delete_children) {
+    const Answer answer = client_.Delete(ResourceOf(name), {key.namespace_name, name.substr(name.find('/') + 1)});
+    if (!answer.NotFound() && judge(answer, name)) OfKind(name).expectations.Wrote(key, version(answer), now);
   }
   std::vector<kube::HttpRequest> requests;
   for (const plan::PodRef& pod : actions.delete_pods)

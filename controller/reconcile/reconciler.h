@@ -1,5 +1,6 @@
 // controller/reconcile/reconciler.h — the loop: key → snapshot out of the informers' stores → plan::MakePlan → writes.
 //
+// A pipeline carries a finalizer from before its first pod until its heads have drained and its pods are gone.
 // The status goes first: it is the write-ahead record of epochs, so a controller that dies at any line is followed by one that
 // goes on from there. A look waits until all own writes are back in the stores (Expectations), so nothing is created twice.
 // What the API server refuses (quota, an invalid object) is told in the status and tried again every kRefusedRetryMicros.
@@ -36,7 +37,7 @@ class Reconciler {
 
   void Start();  // watches; decides nothing yet
   bool WaitForSync(std::chrono::milliseconds timeout);
-  bool synced() const;
+  bool synced();
   void StartWorkers();  // REQUIRES: Start, this replica leads, or there is no election
   void Stop();          // lets the reconciles in progress end
 
@@ -54,6 +55,10 @@ class Reconciler {
   plan::Observed Observe(const PipelineView& view, const kube::ObjectKey& key);
   bool UpToDate(const kube::ObjectKey& key);
   Result<kube::Requeue> Act(const PipelineView& view, const kube::ObjectKey& key, const plan::Observed& observed, plan::Actions actions);
+  Children<ChildView>& OfKind(const std::string& child_name);  // "Service/q"
+  template <typename Each>
+  void ForEachStore(const Each& each);  // of pipelines and what they own
+  bool WriteFinalizer(const PipelineView& view, const kube::ObjectKey& key, bool present, const kube::Json& newest, std::string* refusal, Status* error);
   bool WriteAll(const PipelineView& view, const kube::ObjectKey& key, plan::Actions& actions, std::string* refusal, Status* error);
 
   kube::Transport& transport_;
@@ -67,7 +72,7 @@ class Reconciler {
   kube::Controller controller_;
   Children<PipelineView> pipelines_;
   Children<PodView> pods_;
-  Children<ServiceView> services_;
+  Children<ChildView> services_, policies_, budgets_;
   Children<SecretView> secrets_;
   kube::Informer<NodeView> nodes_;
   std::atomic<int64_t> fine_nodes_{0};

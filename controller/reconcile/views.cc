@@ -60,6 +60,8 @@ void ReadConditions(const Json& object, plan::ObservedPod& pod) {
 PipelineView DecodePipeline(const Json& object) {
   PipelineView view{.meta = kube::ParseMeta(object)};
   view.pipeline = api::ParsePipeline(object.dump());
+  if (const Json* finalizers = FindAt(object, "/metadata/finalizers"); finalizers != nullptr && finalizers->is_array())
+    for (const Json& finalizer : *finalizers) view.finalizers.push_back(finalizer.get<std::string>());
   if (const Json* status = FindAt(object, "/status")) view.status = api::ParseStatus(status->dump());
   return view;
 }
@@ -88,12 +90,7 @@ PodView DecodePod(const Json& object) {
   return view;
 }
 
-ServiceView DecodeService(const Json& object) {
-  ServiceView view{.meta = kube::ParseMeta(object)};
-  if (const Json* annotations = FindAt(object, "/metadata/annotations"); annotations != nullptr && annotations->is_object())
-    view.applied = annotations->value(std::string(plan::kAppliedAnnotation), "");
-  return view;
-}
+ChildView DecodeChild(const Json& object) { return {.meta = kube::ParseMeta(object), .fingerprint = plan::Fingerprint(object)}; }
 
 SecretView DecodeSecret(const Json& object) { return {.meta = kube::ParseMeta(object)}; }
 

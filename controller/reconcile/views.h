@@ -2,6 +2,7 @@
 // Pure decoders; thread-safe.
 #pragma once
 #include <string>
+#include <vector>
 
 #include "controller/api/status.h"
 #include "controller/api/types.h"
@@ -15,14 +16,15 @@ struct PipelineView {
   kube::ObjectMeta meta;
   Result<api::QwenPipeline> pipeline = Status(StatusCode::kInternal, "not decoded");  // an error: the CRD takes what we do not
   api::PipelineStatus status;
+  std::vector<std::string> finalizers;
 };
 struct PodView {
   kube::ObjectMeta meta;
   plan::ObservedPod pod;
 };
-struct ServiceView {
+struct ChildView {  // Service, NetworkPolicy, PodDisruptionBudget
   kube::ObjectMeta meta;
-  std::string applied;  // plan::kAppliedAnnotation
+  std::string fingerprint;  // plan::Fingerprint
 };
 struct SecretView {  // never the content
   kube::ObjectMeta meta;
@@ -36,7 +38,7 @@ struct NodeView {  // a few of the 10 kB that a Node has
 
 PipelineView DecodePipeline(const kube::Json& object);
 PodView DecodePod(const kube::Json& object);
-ServiceView DecodeService(const kube::Json& object);
+ChildView DecodeChild(const kube::Json& object);
 SecretView DecodeSecret(const kube::Json& object);
 NodeView DecodeNode(const kube::Json& object);
 

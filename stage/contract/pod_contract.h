@@ -75,6 +75,9 @@ inline constexpr std::string_view kApiGroup = "qwenpipeline.dev";
 inline constexpr std::string_view kApiVersion = "qwenpipeline.dev/v1alpha1";
 inline constexpr std::string_view kKind = "QwenPipeline";
 
+// Of a QwenPipeline: it stays until its heads have finished their requests and its stages have gone after them.
+inline constexpr std::string_view kDrainFinalizer = "qwenpipeline.dev/drain";
+
 // ---- Labels and annotations of children.
 inline constexpr std::string_view kLabelPipeline = "qwenpipeline.dev/pipeline";    // metadata.name of the QwenPipeline.
 inline constexpr std::string_view kLabelRole = "qwenpipeline.dev/role";            // "head" or "stage".

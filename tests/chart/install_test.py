@@ -32,7 +32,7 @@ OWNED = {"get", "list", "watch", "create", "patch", "delete"}
 # All that the operator may do in a namespace of pipelines: informers (list, watch), server-side apply (patch; create when the object is
 # new), deletion of what it made. (group, resource): verbs
 OPERATES = {
-    ("qwenpipeline.dev", "qwenpipelines"): {"get", "list", "watch"},
+    ("qwenpipeline.dev", "qwenpipelines"): {"get", "list", "watch", "patch"},
     ("qwenpipeline.dev", "qwenpipelines/status"): {"patch"},
     ("qwenpipeline.dev", "qwenpipelines/finalizers"): {"update"},
     ("", "pods"): {"get", "list", "watch", "create", "delete"},

@@ -44,6 +44,8 @@ CASES = [
     ("suspended", {"spec.suspend": True}, None),
     ("a 40-letter name", {"metadata.name": "q" * 40}, None),
     ("API keys from a Secret", {"spec.server": {"apiKeys": {"secretName": "keys"}}}, None),
+    ("no wait before SIGTERM", {"spec.server": {"preStopSeconds": 0}}, None),
+    ("its own network policy", {"spec.networkPolicy": "None"}, None),
     ("hosts of images", {"spec.server": {"allowedImageHosts": ["images.example.com"]}}, None),
 
     ("no spec", {"spec": DROP}, r"spec: Required value"),
@@ -90,6 +92,9 @@ CASES = [
     ("replicas -1", {"spec.replicas": -1}, r"spec\.replicas.*greater than or equal to 0"),
     ("a 41-letter name", {"metadata.name": "q" * 41}, r"metadata\.name must be at most 40 characters"),
     ("a name with a dot", {"metadata.name": "a.b"}, r"metadata\.name must be lower-case letters"),
+    ("a name that no Service can have", {"metadata.name": "235b"}, r"metadata\.name must .*begin with a letter"),
+    ("a wait before SIGTERM of an hour", {"spec.server": {"preStopSeconds": 3600}}, r"spec\.server\.preStopSeconds.*less than or equal to 300"),
+    ("an unknown network policy", {"spec.networkPolicy": "Open"}, r'spec\.networkPolicy: Unsupported value: "Open"'),
     ("a misspelt field", {"spec.engine": {"maxSequence": 4}}, r'unknown field "spec\.engine\.maxSequence"'),
 ]
 
@@ -98,8 +103,9 @@ DEFAULTS = {
     "stages": {"count": 2, "balance": "Time", "gpusPerStage": 1},
     "transport": {"type": "Auto"},
     "engine": {"device": "Cuda", "blockTokens": 16, "maxBatchTokens": 2048, "maxSequences": 256, "queueLimit": 1024},
-    "server": {"port": 8000, "drainTimeoutSeconds": 60},
+    "server": {"port": 8000, "drainTimeoutSeconds": 60, "preStopSeconds": 5},
     "restart": {"budget": 5, "backoffSeconds": 10},
+    "networkPolicy": "Managed",
     "replicas": 1,
     "suspend": False,
 }

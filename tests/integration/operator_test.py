@@ -25,7 +25,9 @@ import cluster as kube  # noqa: E402
 
 PIPELINES = "/apis/qwenpipeline.dev/v1alpha1/namespaces/{}/qwenpipelines"
 MERGE = "application/merge-patch+json"
-OWNED = ["/api/v1/namespaces/{}/pods", "/api/v1/namespaces/{}/services", "/api/v1/namespaces/{}/secrets"]
+BUDGETS = "/apis/policy/v1/namespaces/{}/poddisruptionbudgets"
+OWNED = ["/api/v1/namespaces/{}/pods", "/api/v1/namespaces/{}/services", "/api/v1/namespaces/{}/secrets",
+         "/apis/networking.k8s.io/v1/namespaces/{}/networkpolicies", BUDGETS]
 PATIENCE_S = 60  # a machine that does other things; what is asserted about speed has its own limit
 
 
@@ -123,10 +125,10 @@ class Suite:
     def spec(self, name, **changes):
         self.must("PATCH", f"{PIPELINES.format('default')}/{name}", {"spec": changes}, MERGE)
 
-    def make(self, name, stages, namespace="default"):
+    def make(self, name, stages, namespace="default", **spec):
         self.must("POST", PIPELINES.format(namespace), {
             "apiVersion": "qwenpipeline.dev/v1alpha1", "kind": "QwenPipeline", "metadata": {"name": name, "namespace": namespace},
-            "spec": {"model": {"id": "m", "source": {"persistentVolumeClaim": {"claimName": "weights"}}}, "stages": {"count": stages}, "engine": {"device": "Cpu"}}})
+            "spec": {"model": {"id": "m", "source": {"persistentVolumeClaim": {"claimName": "weights"}}}, "stages": {"count": stages}, "engine": {"device": "Cpu"}, **spec}})
 
     def remove(self, name, namespace="default"):
         self.must("DELETE", f"{PIPELINES.format(namespace)}/{name}", {"propagationPolicy": "Background"})
@@ -174,7 +176,7 @@ class Suite:
         self.within("it is Ready when the kubelets say so", 10, lambda: self.ready("digits"), lambda: self.condition("digits"))
         status = self.pipeline("digits")["status"]
         self.check("its counts are right", (status["stages"], status["replicas"], status["readyReplicas"], status["restarts"], status["epoch"]) == ("4/4", 1, 1, 0, 1), status)
-        self.check("two Services and a Secret stand beside it", set(self.left("digits")) - set(self.pods("digits")) == {"digits", "digits-group", "digits-handshake"},
+        self.check("Services, a Secret, a NetworkPolicy and a PodDisruptionBudget stand beside it", set(self.left("digits")) - set(self.pods("digits")) == {"digits", "digits-group", "digits-handshake"},
                    self.left("digits"))
 
     def rest(self, controller):
@@ -246,9 +248,46 @@ class Suite:
         self.within("an image that cannot be pulled is named", 5, lambda: self.condition("broken")["reason"] == "ImagePullFailed" and
                     self.condition("broken")["message"].startswith(f"pod {stage}: ImagePullBackOff: Back-off pulling image"), lambda: self.condition("broken"))
         self.cluster.signal("fakelet", signal.SIGCONT)
-        self.check("it owns pods, Services and a Secret", len(self.left("broken")) == 5, self.left("broken"))
+        self.check("it owns two pods, two Services, a Secret, a policy and a budget", len(self.left("broken")) == 7, self.left("broken"))
         self.remove("broken")
-        self.within("its deletion leaves nothing", 30, lambda: not self.left("broken"), lambda: self.left("broken"))
+        self.within("its deletion leaves nothing", 30, lambda: not self.left("broken") and self.pipeline("broken").get("code") == 404, lambda: self.left("broken"))
+
+    def repair(self):
+        service = "/api/v1/namespaces/default/services/digits"
+        good = self.must("GET", service)["spec"]["selector"]
+        self.must("PATCH", service, {"spec": {"selector": {"qwenpipeline.dev/role": "stage"}}}, MERGE)
+        self.within("a Service that somebody changed is put right", 5, lambda: self.must("GET", service)["spec"]["selector"] == good)
+        budget = BUDGETS.format("default") + "/digits"
+        self.must("DELETE", budget)
+        self.within("a budget that somebody deleted is back", 5, lambda: self.call("GET", budget)[0] == 200)
+        self.within("it lets one pod be evicted", 10, lambda: self.call("GET", budget)[1].get("status", {}).get("disruptionsAllowed") == 1, lambda: self.call("GET", budget))
+
+        def evict(pod):
+            return self.call("POST", f"/api/v1/namespaces/default/pods/{pod}/eviction?dryRun=All", {
+                "apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod, "namespace": "default"}, "deleteOptions": {"dryRun": ["All"]}})[0]
+        self.check("as the API server says too", evict("digits-0-stage-0-1") == 201)
+
+    def wrong_spec(self):
+        self.make("even", 1)
+        self.within("a pipeline serves", 10, lambda: self.ready("even"), lambda: self.condition("even"))
+        self.spec("even", stages={"count": 1, "balance": "EvenLayers"})
+        self.within("a spec that the API server takes and no cluster can run is named", 5, lambda: self.condition("even")["reason"] == "InvalidSpec" and
+                    "spec.stages.balance" in self.condition("even")["message"], lambda: self.condition("even"))
+        self.check("and what served goes on", len(self.names("even")) == 2, self.names("even"))
+        events = self.must("GET", "/apis/events.k8s.io/v1/namespaces/default/events")["items"]
+        self.within("an event says so", 5, lambda: "InvalidSpec" in [e["reason"] for e in self.must("GET", "/apis/events.k8s.io/v1/namespaces/default/events")["items"]
+                                                                    if e.get("regarding", {}).get("name") == "even"], lambda: events)
+
+    def drain(self):
+        self.cluster.signal("fakelet", signal.SIGSTOP)  # nothing that is deleted ends
+        self.remove("even")
+        self.within("a deleted pipeline: its head is told to end", 5, lambda: self.names("even") == ["even-0-stage-0-1"], lambda: self.names("even"))
+        self.within("and the condition says what it waits for", 5, lambda: self.condition("even")["reason"] == "Deleting" and
+                    self.condition("even")["message"] == "pod even-0-head-1 finishes its requests", lambda: self.condition("even"))
+        time.sleep(1)
+        self.check("the stage stays until the head is gone", self.names("even") == ["even-0-stage-0-1"] and "even" in self.left("even"), self.names("even"))
+        self.cluster.signal("fakelet", signal.SIGCONT)
+        self.within("then everything goes, the pipeline last", 30, lambda: not self.left("even") and self.pipeline("even").get("code") == 404, lambda: self.left("even"))
 
     def quota(self):
         self.must("POST", "/api/v1/namespaces", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "tight"}})
@@ -307,6 +346,9 @@ class Suite:
         self.within("the controller is ready", 10, lambda: first.port() and self.http_ok(first, "/readyz"), lambda: first.log.read_text()[-2000:])
         self.creation(digits)
         self.rest(first)
+        self.repair()
+        self.wrong_spec()
+        self.drain()
         self.loss()
         self.crash_loop()
         self.image_pull()

@@ -16,8 +16,8 @@ const char kFull[] = R"({"apiVersion": "qwenpipeline.dev/v1alpha1", "kind": "Qwe
                         {"name": "back", "layers": {"begin": 40, "end": 94}}], "balance": "EvenLayers", "gpusPerStage": 2},
     "transport": {"type": "TCP"},
     "engine": {"device": "Cpu", "blockTokens": 32, "maxBatchTokens": 512, "maxSequences": 8, "queueLimit": 5, "kvCacheTokens": 100000, "threads": 3},
-    "server": {"port": 0, "apiKeys": {"secretName": "s", "file": "keys.txt"}, "allowedImageHosts": ["a.example"], "drainTimeoutSeconds": 0},
-    "restart": {"budget": 2, "backoffSeconds": 30}, "replicas": 2, "suspend": true}, "status": {"anything": 1}})";
+    "server": {"port": 0, "apiKeys": {"secretName": "s", "file": "keys.txt"}, "allowedImageHosts": ["a.example"], "drainTimeoutSeconds": 0, "preStopSeconds": 7},
+    "restart": {"budget": 2, "backoffSeconds": 30}, "networkPolicy": "None", "replicas": 2, "suspend": true}, "status": {"anything": 1}})";
 
 std::string Replaced(std::string text, const std::string& from, const std::string& to) {
   const size_t at = text.find(from);
@@ -43,6 +43,8 @@ TEST(Codec, AShortManifestHasTheDocumentedDefaults) {
   EXPECT_EQ(p->spec.engine.queue_limit, 1024);
   EXPECT_EQ(p->spec.server.port, 8000);
   EXPECT_EQ(p->spec.server.drain_timeout_seconds, 60);
+  EXPECT_EQ(p->spec.server.pre_stop_seconds, 5);
+  EXPECT_EQ(p->spec.network_policy, NetworkPolicyMode::kManaged);
   EXPECT_EQ(p->spec.replicas, 1);
   EXPECT_FALSE(p->spec.suspend);
 }
@@ -71,6 +73,8 @@ TEST(Codec, EveryFieldIsRead) {
   EXPECT_EQ(s.server.api_keys.secret_name, "s");
   EXPECT_EQ(s.server.api_keys.file, "keys.txt");
   EXPECT_EQ(s.server.allowed_image_hosts, (std::vector<std::string>{"a.example"}));
+  EXPECT_EQ(s.server.pre_stop_seconds, 7);
+  EXPECT_EQ(s.network_policy, NetworkPolicyMode::kNone);
   EXPECT_EQ(s.restart.budget, 2);
   EXPECT_EQ(s.restart.backoff_seconds, 30);
   EXPECT_EQ(s.replicas, 2);
@@ -98,6 +102,7 @@ TEST(Codec, WhatIsWrongIsNamedByItsPath) {
       {"\"QwenPipeline\"", "\"Pod\"", "kind: must be QwenPipeline"},
       {"\"name\": \"full\"", "\"name\": \"Full\"", "metadata.name: must be at most 40 lower-case letters, digits and '-'"},
       {"\"name\": \"full\"", "\"name\": \"a2345678901234567890123456789012345678901\"", "metadata.name: must be at most 40 lower-case letters, digits and '-'"},
+      {"\"name\": \"full\"", "\"name\": \"235b\"", "metadata.name: must begin with a letter, as the Service of that name must"},
       {"\"id\": \"m\", ", "", "spec.model.id: required"},
       {"\"id\": \"m\"", "\"id\": 5", "spec.model.id: must be a string"},
       {"{\"persistentVolumeClaim\": {", "{\"path\": \"/p\", \"persistentVolumeClaim\": {", "spec.model.source: exactly one of path and persistentVolumeClaim is required"},

@@ -31,9 +31,12 @@ class World {
     observed.previous = actions.status;
     for (const api::GroupRecord& group : observed.previous.groups)
       if (group.phase == api::GroupPhase::kFormed) formed_ever.insert({group.replica, group.epoch});
+    if (actions.add_finalizer) observed.has_finalizer = true;
+    EXPECT_TRUE(actions.create_pods.empty() || (observed.has_finalizer && !observed.deleting)) << "pods that nobody would drain";
+    if (actions.remove_finalizer) observed.has_finalizer = false;
     observed.has_secret |= actions.create_secret;
-    for (const auto& service : actions.apply_services)
-      observed.services[service["metadata"]["name"]] = service["metadata"]["annotations"]["qwenpipeline.dev/applied"];
+    for (const auto& child : actions.apply) observed.children[ChildName(child)] = Fingerprint(child);
+    for (const std::string& name : actions.delete_children) EXPECT_EQ(observed.children.erase(name), 1u) << name;
     for (const PodRef& ref : actions.delete_pods) {
       if (budget-- == 0) return actions;
       ObservedPod& pod = Find(ref.name);
@@ -145,7 +148,8 @@ TEST(Group, IsCreatedOnceAndThenLeftAlone) {
   World world;
   const Actions first = world.Step();
   EXPECT_TRUE(first.create_secret);
-  EXPECT_EQ(first.apply_services.size(), 2u);
+  EXPECT_TRUE(first.add_finalizer);
+  EXPECT_EQ(first.apply.size(), 4u);
   EXPECT_EQ(world.Pods(), "q-0-head-1 q-0-stage-0-1 q-0-stage-1-1");
   world.Settle();
   EXPECT_EQ(world.ReadyReason(), "PodsNotReady");
@@ -401,6 +405,106 @@ TEST(Suspend, DrainsEverythingAndResumesUnderANewEpoch) {
   EXPECT_EQ(world.observed.previous.restarts, 0);
 }
 
+TEST(Suspend, ResumedBeforeEverythingIsGoneItBeginsAnewWithoutAFailure) {
+  World world;
+  world.observed.pipeline.spec.restart.budget = 0;
+  world.Serve();
+  world.observed.pipeline.spec.suspend = true;
+  ++world.observed.generation;
+  world.Settle();
+  world.observed.pipeline.spec.suspend = false;  // while the head still finishes its requests
+  ++world.observed.generation;
+  world.Settle();
+  EXPECT_EQ(world.Pods(), "q-0-stage-0-1 q-0-stage-1-1") << "the drain goes on";
+  world.KubeletRuns();
+  world.Serve();
+  EXPECT_EQ(world.Pods(), "q-0-head-2 q-0-stage-0-2 q-0-stage-1-2");
+  EXPECT_TRUE(world.Is("Ready").value) << world.ReadyMessage();
+  EXPECT_EQ(world.observed.previous.restarts, 0);
+}
+
+TEST(Deletion, DrainsEveryHeadThenTheStagesGoThenTheFinalizer) {
+  World world(2, 2);
+  world.Serve();
+  world.observed.deleting = true;
+  const Actions heads = world.Step();
+  ASSERT_EQ(heads.delete_pods.size(), 2u);
+  EXPECT_EQ(heads.delete_pods[0].name, "q-0-head-1");
+  EXPECT_EQ(heads.delete_pods[1].name, "q-1-head-2");
+  EXPECT_EQ(world.ReadyReason(), "Deleting");
+  EXPECT_EQ(world.ReadyMessage(), "pod q-0-head-1 finishes its requests");
+  world.Settle();
+  EXPECT_TRUE(world.observed.has_finalizer);
+  EXPECT_EQ(world.Pods(), "q-0-stage-0-1 q-0-stage-1-1 q-1-stage-0-2 q-1-stage-1-2");
+  world.Lose("q-1-head-2");  // done first
+  world.Settle();
+  EXPECT_EQ(world.Pods(), "q-0-stage-0-1 q-0-stage-1-1");
+  world.KubeletRuns();
+  world.Settle();
+  EXPECT_TRUE(world.observed.has_finalizer) << "stages are not gone yet";
+  world.KubeletRuns();
+  const Actions last = world.Step();
+  EXPECT_TRUE(last.remove_finalizer);
+  EXPECT_EQ(last.writes(world.observed), 1u) << "no status for an object that goes";
+  EXPECT_EQ(MakePlan(world.observed, world.images, world.now).writes(world.observed), 0u);
+}
+
+TEST(Deletion, WhatDoesNotServeGoesAtOnceAndNothingIsMadeOnTheWay) {
+  World world;
+  world.Settle();
+  world.observed.deleting = true;
+  const Actions actions = world.Step();
+  EXPECT_EQ(actions.delete_pods.size(), 3u);
+  EXPECT_TRUE(actions.create_pods.empty());
+  World fresh;
+  fresh.observed.deleting = true;  // deleted before it was ever looked at
+  EXPECT_EQ(MakePlan(fresh.observed, fresh.images, fresh.now).writes(fresh.observed), 0u);
+}
+
+TEST(Deletion, ADeadNodeDoesNotKeepThePipeline) {
+  World world;
+  world.Serve();
+  world.SetNode("n1", NodeState::kLost);
+  world.observed.deleting = true;
+  world.Settle();
+  world.KubeletRuns();
+  world.Settle();
+  world.KubeletRuns();
+  world.Settle();
+  EXPECT_FALSE(world.observed.has_finalizer);
+  EXPECT_EQ(world.observed.pods.size(), 1u) << "its pod stays until the node says something";
+}
+
+TEST(Deletion, DoesNotNeedToReadTheSpec) {
+  World world;
+  world.Serve();
+  world.observed.pipeline.spec = {};
+  world.observed.spec_error = "spec.fromTheFuture: unknown field";
+  world.observed.deleting = true;
+  for (int i = 0; i < 3; ++i) world.Settle(), world.KubeletRuns();
+  world.Settle();
+  EXPECT_FALSE(world.observed.has_finalizer);
+  EXPECT_TRUE(world.observed.pods.empty());
+}
+
+TEST(Children, WhatSomebodyChangedOrDeletedIsAppliedAgainAndWhatIsNotWantedGoes) {
+  World world;
+  world.Serve();
+  world.observed.children["Service/q"] = "changed by hand";
+  world.observed.children.erase("PodDisruptionBudget/q");
+  const Actions repair = world.Step();
+  ASSERT_EQ(repair.apply.size(), 2u);
+  EXPECT_EQ(ChildName(repair.apply[0]), "Service/q");
+  EXPECT_EQ(ChildName(repair.apply[1]), "PodDisruptionBudget/q");
+  world.Settle();
+  world.observed.pipeline.spec.network_policy = api::NetworkPolicyMode::kNone;
+  ++world.observed.generation;
+  const Actions less = world.Step();
+  EXPECT_EQ(less.delete_children, std::vector<std::string>{"NetworkPolicy/q"});
+  world.Settle();
+  EXPECT_TRUE(world.Is("Ready").value) << "no pod had to be replaced for it";
+}
+
 TEST(Suspend, AHeadOnADeadNodeDoesNotHoldItUpForEver) {
   World world;
   world.Serve();
@@ -507,6 +611,26 @@ TEST(Status, TellsQuotaAndAWrongSpec) {
   wrong.Settle();
 }
 
+TEST(Status, ASpecThatCannotBeReadIsToldOnceAndWhatRunsIsLeftAlone) {
+  World world;
+  world.Serve();
+  world.observed.spec_error = "spec.fromTheFuture: unknown field";
+  ++world.observed.generation;
+  const Actions first = world.Step();
+  EXPECT_EQ(world.ReadyReason(), "InvalidSpec");
+  EXPECT_EQ(world.ReadyMessage(), "spec.fromTheFuture: unknown field");
+  EXPECT_TRUE(world.Is("Failed").value);
+  ASSERT_EQ(first.notices.size(), 1u);
+  EXPECT_EQ(first.notices[0].reason, "InvalidSpec");
+  EXPECT_EQ(world.Pods(), "q-0-head-1 q-0-stage-0-1 q-0-stage-1-1");
+  EXPECT_EQ(world.observed.previous.ready_replicas, 1) << "it serves on";
+  EXPECT_TRUE(world.Settle().notices.empty());
+  world.observed.spec_error.clear();
+  ++world.observed.generation;
+  world.Settle();
+  EXPECT_TRUE(world.Is("Ready").value) << world.ReadyMessage();
+}
+
 TEST(Status, AConditionsTimeChangesOnlyWithItsValue) {
   World world;
   world.Serve();
@@ -569,6 +693,11 @@ TEST(Chaos, WhateverHappenedWhatWasAskedForServesInTheEnd) {
     for (const api::GroupRecord& group : world.observed.previous.groups) {
       for (const ObservedPod& pod : world.observed.pods) EXPECT_TRUE(pod.replica != group.replica || pod.epoch == group.epoch) << pod.name;
     }
+    world.observed.deleting = true;
+    for (int i = 0; i < 4; ++i) world.Settle(), world.KubeletRuns();
+    world.Settle();
+    EXPECT_TRUE(world.observed.pods.empty()) << world.Pods();
+    EXPECT_FALSE(world.observed.has_finalizer);
     if (::testing::Test::HasFailure()) return;
   }
 }

@@ -99,7 +99,10 @@ TEST(Objects, TheProcessesFindEachOtherTheModelAndTheSecret) {
   const json mount = {{"name", "model"}, {"mountPath", "/model"}, {"readOnly", true}, {"subPath", "a/b"}};
   EXPECT_EQ(container["volumeMounts"][0], mount);
   EXPECT_EQ(stage["spec"]["volumes"][0]["persistentVolumeClaim"], (json{{"claimName", "weights"}, {"readOnly", true}}));
-  EXPECT_GT(head["spec"]["terminationGracePeriodSeconds"].get<int>(), Pipeline().spec.server.drain_timeout_seconds);
+  EXPECT_EQ(head["spec"]["containers"][0]["lifecycle"], (json{{"preStop", {{"sleep", {{"seconds", 5}}}}}}));
+  EXPECT_EQ(head["spec"]["terminationGracePeriodSeconds"], 5 + 60 + 15) << "before SIGTERM, drain, slack";
+  EXPECT_FALSE(container.contains("lifecycle"));
+  EXPECT_EQ(stage["spec"]["terminationGracePeriodSeconds"], 30);
 }
 
 TEST(Objects, AStageWhoseLayersNobodyListedPlansThemItself) {
@@ -128,19 +131,84 @@ TEST(Objects, RevisionFollowsWhatPodsAreMadeOfAndNothingElse) {
   EXPECT_NE(*Revision(other, kImages), revision);
 }
 
+json Child(const api::QwenPipeline& pipeline, const std::string& name) {
+  for (json& child : Children(pipeline))
+    if (ChildName(child) == name) return child;
+  return nullptr;
+}
+
 TEST(Objects, ServicesSelectHeadsForClientsAndEverybodyForTheRendezvous) {
-  const std::vector<json> services = Services(Pipeline());
-  ASSERT_EQ(services.size(), 2u);
-  EXPECT_EQ(services[0]["metadata"]["name"], "q");
-  EXPECT_EQ(services[0]["spec"]["selector"], (json{{"qwenpipeline.dev/pipeline", "q"}, {"qwenpipeline.dev/role", "head"}}));
-  EXPECT_EQ(services[0]["spec"]["ports"][0]["port"], 8000);
-  EXPECT_EQ(services[1]["metadata"]["name"], "q-group");
-  EXPECT_EQ(services[1]["spec"]["clusterIP"], "None");
-  EXPECT_EQ(services[1]["spec"]["publishNotReadyAddresses"], true);
+  const json api = Child(Pipeline(), "Service/q"), group = Child(Pipeline(), "Service/q-group");
+  EXPECT_EQ(api["spec"]["selector"], (json{{"qwenpipeline.dev/pipeline", "q"}, {"qwenpipeline.dev/role", "head"}}));
+  EXPECT_EQ(api["spec"]["ports"][0]["port"], 8000);
+  EXPECT_EQ(group["spec"]["clusterIP"], "None");
+  EXPECT_EQ(group["spec"]["publishNotReadyAddresses"], true);
   api::QwenPipeline other = Pipeline();
   other.spec.server.port = 80;
-  EXPECT_NE(Services(other)[0]["metadata"]["annotations"], services[0]["metadata"]["annotations"]);
-  EXPECT_EQ(Services(other)[1], services[1]);
+  EXPECT_NE(Fingerprint(Child(other, "Service/q")), Fingerprint(api));
+  EXPECT_EQ(Child(other, "Service/q-group"), group);
+}
+
+TEST(Objects, OnlyPodsOfThePipelineReachAStageButForItsMetrics) {
+  const json policy = Child(Pipeline(), "NetworkPolicy/q");
+  const json expected = json::parse(R"({
+    "podSelector": {"matchLabels": {"qwenpipeline.dev/pipeline": "q"}}, "policyTypes": ["Ingress"],
+    "ingress": [{"from": [{"podSelector": {"matchLabels": {"qwenpipeline.dev/pipeline": "q"}}}]},
+                {"ports": [{"port": "api", "protocol": "TCP"}, {"port": "metrics", "protocol": "TCP"}]}]})");
+  EXPECT_EQ(policy["spec"], expected);
+  const auto pods = GroupPods(Pipeline(), kImages, {.replica = 0, .epoch = 1});
+  for (const json& pod : *pods) {  // the policy speaks of ports by name
+    std::string names;
+    for (const json& port : pod["spec"]["containers"][0]["ports"]) names += port["name"].get<std::string>() + " ";
+    EXPECT_EQ(names, pod == (*pods)[0] ? "api control " : "data metrics ");
+    EXPECT_EQ(pod["metadata"]["labels"]["qwenpipeline.dev/pipeline"], "q");
+  }
+  api::QwenPipeline open = Pipeline();
+  open.spec.network_policy = api::NetworkPolicyMode::kNone;
+  EXPECT_TRUE(Child(open, "NetworkPolicy/q").is_null());
+}
+
+TEST(Objects, EvictionTakesOneGroupAtATime) {
+  struct Case {
+    int32_t replicas;
+    bool suspend;
+    int32_t available;  // of replicas * 3 pods
+  };
+  for (const Case& c : {Case{1, false, 2}, Case{2, false, 5}, Case{0, false, 0}, Case{2, true, 0}}) {
+    api::QwenPipeline pipeline = Pipeline();
+    pipeline.spec.replicas = c.replicas;
+    pipeline.spec.suspend = c.suspend;
+    const json spec = Child(pipeline, "PodDisruptionBudget/q")["spec"];
+    EXPECT_EQ(spec["minAvailable"], c.available);
+    EXPECT_EQ(spec["unhealthyPodEvictionPolicy"], "AlwaysAllow");
+    EXPECT_EQ(spec["selector"], (json{{"matchLabels", {{"qwenpipeline.dev/pipeline", "q"}}}}));
+  }
+}
+
+TEST(Objects, AFingerprintSeesWhatWeSetAndNothingThatTheServerAdds) {
+  for (const json& child : Children(Pipeline())) {
+    json stored = child;
+    stored["metadata"]["resourceVersion"] = "7";
+    stored["metadata"]["managedFields"] = json::array({1});
+    stored["status"] = {{"currentHealthy", 3}};
+    if (child["kind"] == "Service") {
+      stored["spec"]["type"] = "ClusterIP";
+      stored["spec"]["sessionAffinity"] = "None";
+      stored["spec"]["ipFamilies"] = {"IPv4"};
+      if (!child["spec"].contains("clusterIP")) stored["spec"]["clusterIP"] = "10.96.0.7";
+      for (json& port : stored["spec"]["ports"]) port["nodePort"] = 0;
+    }
+    EXPECT_EQ(Fingerprint(stored), Fingerprint(child)) << ChildName(child);
+    for (const auto& [key, value] : child["spec"].items()) {
+      json changed = stored;
+      changed["spec"][key] = "changed";
+      EXPECT_NE(Fingerprint(changed), Fingerprint(child)) << ChildName(child) << " " << key;
+      changed["spec"].erase(key);
+      EXPECT_NE(Fingerprint(changed), Fingerprint(child)) << ChildName(child) << " " << key;
+    }
+  }
+  EXPECT_FALSE(Fingerprint(json::object()).empty());
+  EXPECT_FALSE(Fingerprint(json{{"spec", 5}}).empty());
 }
 
 TEST(Objects, TheLongestNamesAreStillLabels) {

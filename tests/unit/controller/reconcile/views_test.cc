@@ -89,6 +89,9 @@ TEST(Views, APipelineIsItsSpecItsStatusAndAnErrorWhenItCannotBeRead) {
   EXPECT_EQ(view.pipeline->metadata.uid, "u-1");
   EXPECT_EQ(view.meta.generation, 4);
   EXPECT_EQ(view.status.epoch, 9);
+  EXPECT_TRUE(view.finalizers.empty());
+  pipeline["metadata"]["finalizers"] = {"theirs", "qwenpipeline.dev/drain"};
+  EXPECT_EQ(DecodePipeline(pipeline).finalizers, (std::vector<std::string>{"theirs", "qwenpipeline.dev/drain"}));
   pipeline["spec"]["fromTheFuture"] = 1;
   EXPECT_FALSE(DecodePipeline(pipeline).pipeline.ok());
 }
@@ -113,9 +116,12 @@ TEST(Views, ANodeIsFineLostOrGone) {
   EXPECT_EQ(DecodeNode({{"metadata", {{"name", "new"}}}}).state, plan::NodeState::kFine) << "one that has said nothing yet has no pods of ours";
 }
 
-TEST(Views, AServiceKnowsWhatWasApplied) {
-  EXPECT_EQ(DecodeService({{"metadata", {{"name", "q"}, {"annotations", {{"qwenpipeline.dev/applied", "f00"}}}}}}).applied, "f00");
-  EXPECT_EQ(DecodeService({{"metadata", {{"name", "q"}}}}).applied, "");
+TEST(Views, AChildIsKnownByWhatItIsNotByWhatSomebodySaid) {
+  const Json service = {{"kind", "Service"}, {"metadata", {{"name", "q"}}}, {"spec", {{"selector", {{"a", "b"}}}, {"clusterIP", "10.0.0.1"}}}};
+  Json changed = service;
+  changed["spec"]["selector"]["a"] = "c";
+  EXPECT_EQ(DecodeChild(service).fingerprint, DecodeChild(service).fingerprint);
+  EXPECT_NE(DecodeChild(service).fingerprint, DecodeChild(changed).fingerprint);
 }
 
 }  // namespace
