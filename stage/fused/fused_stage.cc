@@ -157,7 +157,9 @@ FusedStage::FusedStage(const contract::ModelShape& shape, const model::StageMode
 
 FusedStage::~FusedStage() {
   cudaStreamSynchronize(stream_);
-  for (const auto& [size, graph] : graphs_) cudaGraphExecDestroy(graph);
+  for (const auto& [size, graph] : graphs_) {
+    if (graph.exec != nullptr) cudaGraphExecDestroy(graph.exec);
+  }
   if (uploaded_ != nullptr) cudaEventDestroy(uploaded_);
 }
 
@@ -248,9 +250,7 @@ Result<model::StageOutput> FusedStage::Decode(const step::StepPlan& plan, const 
   Must(cudaEventRecord(uploaded_, stream_), "plan upload");
   if (!first_) decode_.input.narrow(0, 0, tokens).copy_(input.hidden, /*non_blocking=*/true);
 
-  cudaGraphExec_t& graph = graphs_[{tokens, stride}];
-  if (graph == nullptr) graph = CaptureDecode(tokens, stride);
-  Must(cudaGraphLaunch(graph, stream_), "decode graph");
+  RunDecode(tokens, stride);
   model::StageOutput output;
   if (last_) {
     output.logits = decode_.logits.narrow(0, 0, tokens);
@@ -260,9 +260,39 @@ Result<model::StageOutput> FusedStage::Decode(const step::StepPlan& plan, const 
   return output;
 }
 
+// A size that comes once, while a batch fills or empties, is not worth a graph: capturing costs as much as a few steps. The
+// first step of a size runs as it is (libraries load and allocate meanwhile), the second makes the graph.
+void FusedStage::RunDecode(int64_t tokens, int64_t table_stride) {
+  DecodeGraph& graph = graphs_[{tokens, table_stride}];
+  graph.last_use = ++decodes_;
+  if (graph.exec == nullptr && !graph.seen) {
+    graph.seen = true;
+    EnqueueDecode(tokens, table_stride);
+    return;
+  }
+  if (graph.exec == nullptr) {
+    DropOldGraph();
+    graph.exec = CaptureDecode(tokens, table_stride);
+  }
+  Must(cudaGraphLaunch(graph.exec, stream_), "decode graph");
+}
+
+// Makes room for one more: the graph that was not used for longest goes, once there are kGraphsMax.
+void FusedStage::DropOldGraph() {
+  DecodeGraph* oldest = nullptr;
+  int64_t held = 0;
+  for (auto& [size, graph] : graphs_) {
+    if (graph.exec == nullptr) continue;
+    ++held;
+    if (oldest == nullptr || graph.last_use < oldest->last_use) oldest = &graph;
+  }
+  if (held < kGraphsMax) return;
+  Must(cudaStreamSynchronize(stream_), "graph in use");
+  Must(cudaGraphExecDestroy(oldest->exec), "graph");
+  oldest->exec = nullptr;
+}
+
 cudaGraphExec_t FusedStage::CaptureDecode(int64_t tokens, int64_t table_stride) {
-  EnqueueDecode(tokens, table_stride);  // once without capture: libraries load and allocate. Writes what the graph will write.
-  Must(cudaStreamSynchronize(stream_), "first decode");
   Must(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capture");  // other threads go on using CUDA
   cudaGraph_t captured = nullptr;
   try {

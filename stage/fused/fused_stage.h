@@ -52,6 +52,11 @@ class FusedStage final : public model::StageBackend {
     kernels::MoeGroupedWeights grouped;  // and those of a prompt
     at::Tensor k_cache, v_cache;  // (blocks, block_tokens, kv_heads, 128)
   };
+  struct DecodeGraph {
+    cudaGraphExec_t exec = nullptr;
+    bool seen = false;     // a step of this size has run
+    int64_t last_use = 0;  // of decodes_
+  };
   // What the kernels read of a plan. One pinned buffer and its copy on the device, so a step costs one transfer.
   struct Metadata {
     int32_t *context, *tokens, *positions, *table;
@@ -65,12 +70,15 @@ class FusedStage final : public model::StageBackend {
 
   FusedStage(const contract::ModelShape& shape, const model::StageModelOptions& options, weights::TensorMap& tensors,
              const std::vector<ops::PagedKv>& cache, const ops::RotaryFrequencies& rotary);
+  static constexpr int64_t kGraphsMax = 128;  // a few hundred KiB of the GPU's memory each
   static constexpr int64_t kCudnnMax = 8192;  // tokens of a prompt beyond which flash attention is used
   void AllocateDecode();
   // The attention of rows [begin, begin + length) of qkv among themselves -> (length, heads * 128). qkv has kCudnnStep rows more.
   at::Tensor CudnnAttention(const at::Tensor& qkv, int64_t begin, int64_t length) const;
   void PlanCudnn(int64_t tokens_max);
   Metadata At(int32_t* base) const;
+  void RunDecode(int64_t tokens, int64_t table_stride);
+  void DropOldGraph();
   cudaGraphExec_t CaptureDecode(int64_t tokens, int64_t table_stride);
   void EnqueueDecode(int64_t tokens, int64_t table_stride);  // allocates nothing, so that it can be captured as it is
   void DecodeLinear(const at::Tensor& x, const at::Tensor& weight, at::Tensor& y, int64_t tokens, const at::Tensor* residual);
@@ -92,7 +100,8 @@ class FusedStage final : public model::StageBackend {
   DecodeBuffers decode_;
   at::Tensor host_meta_, device_meta_;  // int32
   cudaEvent_t uploaded_ = nullptr;      // the last copy of host_meta_
-  std::map<std::pair<int64_t, int64_t>, cudaGraphExec_t> graphs_;  // by (tokens, table stride)
+  int64_t decodes_ = 0;
+  std::map<std::pair<int64_t, int64_t>, DecodeGraph> graphs_;  // by (tokens, table stride)
 };
 
 }  // namespace qwen::fused

@@ -137,6 +137,7 @@ def main() -> int:
     parser.add_argument("--device", default="Cuda")
     parser.add_argument("--shape", default="")
     parser.add_argument("--load", default="1:1024:128,8:1024:128,32:1024:128")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of one plan")
     parser.add_argument("--soak", type=float, default=0)
     parser.add_argument("--skip-digits", action="store_true")
     args = parser.parse_args()
@@ -156,7 +157,7 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory() as folder:
             served.READY_SECONDS = 400
-            engine = {"device": args.device, "maxSequences": 256, "maxBatchTokens": 8192, "kvCacheTokens": 335872, "threads": 8}
+            engine = {"device": args.device, "maxSequences": 256, "maxBatchTokens": args.batch_tokens, "kvCacheTokens": 335872, "threads": 8}
             spec = served.manifest(shape_folder(args.shape, Path(folder)), stages=stages, dtype="BFloat16", engine=engine, model={"maxModelLen": 10240})
             with served.Pipeline(qwenctl, spec, ["--random-weights", "1"]) as pipeline:
                 def generate(seed, prompt, output):
