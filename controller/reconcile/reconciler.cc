@@ -299,7 +299,7 @@ bool Reconciler::WriteAll(const PipelineView& view, const ObjectKey& key, plan::
   for (const plan::PodRef& pod : actions.delete_pods)
     requests.push_back(kube::DeleteRequest(resources::kPods, {key.namespace_name, pod.name}, {.uid = pod.uid, .grace_period_seconds = pod.force ? std::optional<int32_t>(0) : std::nullopt}));
   client_.DoAll(std::move(requests), [&](size_t i, Answer answer) {
-    if (answer.NotFound() || answer.Conflict()) return;  // gone, or another of the same name: the store will tell
+    if (answer.NotFound()) return;  // a conflict is tried again: nothing else may happen that wakes this key
     if (judge(answer, "delete pod " + actions.delete_pods[i].name)) pods_.expectations.Deleted(key, actions.delete_pods[i].uid, now);
   });
   requests.clear();
