@@ -15,15 +15,19 @@ WRITES = {"POST", "PUT", "PATCH", "DELETE"}
 @dataclass
 class Faults:
     """What happens to `share` of the requests. codes: refusals, 409 of writes and 410 of reads only. cut: the connection ends before the
-    request is passed on. lost: it is carried out, and the answer is not given. torn: half an answer. leases: those of elections too."""
+    request is passed on. lost: it is carried out, and the answer is not given. torn: half an answer. leases: those of elections too.
+    methods: only of these; empty: of all."""
     share: float = 0.0
     codes: tuple = ()
     cut: bool = False
     lost: bool = False
     torn: bool = False
     leases: bool = False
+    methods: tuple = ()
 
     def kinds(self, method):
+        if self.methods and method not in self.methods:
+            return []
         kinds = [c for c in self.codes if (c != 409 or method in WRITES) and (c != 410 or method == "GET")]
         return kinds + [name for name in ("cut", "lost", "torn") if getattr(self, name)]
 

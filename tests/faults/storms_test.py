@@ -114,6 +114,19 @@ class Storms:
                 self.random.choice([self.proxy.expire_watches, self.proxy.tear_watches])()
             time.sleep(0.4)
 
+    def refused_deletions(self):
+        """Nothing else happens that could remind the operator of what it still has to delete."""
+        name, replicas = next((n, w["replicas"]) for n, w in self.wanted.items())
+        self.proxy.faults, self.proxy.done = Faults(1.0, codes=(409,), methods=("DELETE",)), {}
+        self.world.patch(NS, name, suspend=True)
+        self.wanted[name]["replicas"] = 0
+        self.world.within("deletions are refused", 20, lambda: self.proxy.done.get(409, 0) > 0)
+        time.sleep(3)
+        self.quiet("deletions refused", 30)
+        self.world.patch(NS, name, suspend=False)
+        self.wanted[name]["replicas"] = replicas
+        self.quiet("and woken again", 30)
+
     # -- what must be true afterwards
 
     def astray(self):
@@ -126,7 +139,7 @@ class Storms:
             members.setdefault((labels["qwenpipeline.dev/pipeline"], labels["qwenpipeline.dev/replica"]), []).append(
                 (labels["qwenpipeline.dev/epoch"], labels.get("qwenpipeline.dev/stage", "head")))
         for name, want in self.wanted.items():
-            if not self.world.ready(NS, name):
+            if want["replicas"] and not self.world.ready(NS, name):
                 wrong.append(f"{name} is not Ready: {self.world.condition(NS, name)}")
             for replica in range(want["replicas"]):
                 found = sorted(members.pop((name, str(replica)), []))
@@ -147,6 +160,7 @@ class Storms:
         self.create()
         self.create()
         self.quiet("fair weather")
+        self.refused_deletions()
         for what, faults in STORMS.items():
             self.proxy.faults, self.proxy.done = faults, {}
             self.rage(expire=410 in faults.codes)
