@@ -107,7 +107,7 @@ int Run(const Flags& flags, const sigset_t& signals) {
   pipeline_options.stall_timeout = Seconds(flags.stall_seconds);
   auto executor = pipeline::PipelineExecutor::Start(pipeline_options);
   if (!executor.ok()) return Fail(ExitCode::kPortInUse, "cannot listen for stages", executor.status());
-  engine::Engine engine({.queue_capacity = flags.queue, .max_batch_tokens = flags.batch_tokens}, **executor);
+  engine::Engine engine({.queue_capacity = flags.queue, .max_batch_tokens = flags.batch_tokens, .block_ahead = flags.stages == 1}, **executor);
   server::EngineThread engine_thread(engine, clock);
 
   prometheus::Registry registry;

@@ -11,7 +11,7 @@ namespace qwen::engine {
 Engine::Engine(const Options& options, step::Executor& executor)
     : options_(options),
       executor_(executor),
-      scheduler_({.max_batch_tokens = options.max_batch_tokens, .prefix_cache = options.prefix_cache}) {
+      scheduler_({.max_batch_tokens = options.max_batch_tokens, .prefix_cache = options.prefix_cache, .block_ahead = options.block_ahead}) {
   QP_CHECK_GT(options.queue_capacity, 0);
   stats_.group_lost_reason = "waiting for the first group";
 }

@@ -50,6 +50,7 @@ class Engine {
     int32_t queue_capacity = 256;  // requests that wait; one more is refused with kResourceExhausted
     int32_t max_batch_tokens = 0;  // tokens a plan; 0 = what the stages allow, else the smaller of both
     bool prefix_cache = true;      // off: no KV is shared between requests
+    bool block_ahead = false;      // Scheduler::Options
   };
   // REQUIRES: queue_capacity > 0.
   Engine(const Options& options, step::Executor& executor);

@@ -179,6 +179,10 @@ void Scheduler::AddDecodes(Draft& draft) {
     if (sequence->phase != Phase::kRunning || sequence->preempt_when_idle) continue;  // a victim of this very loop
     const int32_t blocks = CeilDivide(sequence->token_count(), limits_.block_tokens);
     if (static_cast<int32_t>(sequence->blocks.size()) < blocks && !TakeOneBlock(*sequence)) continue;
+    if (options_.block_ahead && stages_ == 1 && sequence->token_count() == blocks * limits_.block_tokens &&
+        static_cast<int32_t>(sequence->blocks.size()) == blocks && cache_->available() > running_count()) {
+      if (const std::optional<BlockList> next = cache_->Take(1)) sequence->blocks.push_back(next->front());
+    }
     taken += AddSpan(*sequence, 1, draft);
   }
 }
@@ -312,7 +316,8 @@ bool Scheduler::AddSpan(Sequence& sequence, int32_t count, Draft& draft) {
   span.tokens.assign(tokens.begin() + begin, tokens.begin() + end);
   span.positions.reserve(static_cast<size_t>(count));
   for (int32_t i = begin; i < end; ++i) span.positions.push_back(sequence.PositionOf(i));
-  span.blocks.assign(sequence.blocks.begin(), sequence.blocks.begin() + CeilDivide(end, limits_.block_tokens));
+  const auto blocks = static_cast<size_t>(CeilDivide(end, limits_.block_tokens)) + (options_.block_ahead ? 1 : 0);
+  span.blocks.assign(sequence.blocks.begin(), sequence.blocks.begin() + static_cast<std::ptrdiff_t>(std::min(blocks, sequence.blocks.size())));
   AddVision(sequence, span, draft);
   draft.parts.emplace_back(&sequence, span.sample);
   draft.budget -= count;

@@ -38,6 +38,9 @@ class Scheduler {
   struct Options {
     int32_t max_batch_tokens = 0;  // 0 = the group's
     bool prefix_cache = true;
+    // A sequence that decodes gets its next block one token early, if that takes it from nobody: a single stage can then begin
+    // the next step before it is asked (stage/model/run_ahead.h).
+    bool block_ahead = false;
   };
   struct Counters {
     uint64_t plans = 0, preemptions = 0, prompt_tokens = 0, cached_prompt_tokens = 0, generated_tokens = 0;

@@ -141,6 +141,7 @@ Status StageModel::AddVision(const step::VisionInput& input) {
 }
 
 void StageModel::Reset() {
+  ahead_.reset();
   features_.clear();
   vision_tokens_ = 0;
 }
@@ -200,7 +201,43 @@ void StageModel::Release(const step::StepPlan& plan) {
   }
 }
 
+void StageModel::RunAhead(const step::StepPlan& done, std::span<const step::SampledToken> samples) {
+  if (!backend_ || !first() || !last() || !backend_->TakesDecode(done) || !ahead_policy_.Tries()) return;
+  const int32_t most = options_.max_sequence_tokens > 0 ? options_.max_sequence_tokens : shape_.max_positions;
+  std::optional<step::StepPlan> next = NextDecode(done, samples, options_.block_tokens, most);
+  if (!next) return;
+  // A fault of the device is the next Forward's to report.
+  (void)Guarded("run ahead", [&]() -> Status {
+    c10::InferenceMode inference;
+    ASSIGN_OR_RETURN(StageOutput output, backend_->Decode(*next, {}));
+    ahead_ = Ahead{std::move(*next), std::move(output.logits)};
+    return OkStatus();
+  });
+}
+
+std::optional<StageOutput> StageModel::TakeAhead(const step::StepPlan& plan) {
+  if (!ahead_) return std::nullopt;
+  const Ahead ahead = *std::exchange(ahead_, std::nullopt);
+  const std::optional<std::vector<int64_t>> rows = RowsOf(ahead.plan, plan);
+  if (!rows) {
+    ahead_policy_.Wrong();
+    return std::nullopt;
+  }
+  ahead_policy_.Right();
+  StageOutput output;
+  output.logits = ahead.logits;
+  if (rows->size() < ahead.plan.spans.size()) {
+    const at::Tensor index = at::tensor(*rows, at::TensorOptions().dtype(at::kLong));
+    output.logits = ahead.logits.index_select(0, index.to(options_.device));
+  }
+  return output;
+}
+
 Result<StageOutput> StageModel::ForwardOrThrow(const step::StepPlan& plan, const StageActivations& input) {
+  if (std::optional<StageOutput> ahead = TakeAhead(plan)) {
+    Release(plan);
+    return std::move(*ahead);
+  }
   if (backend_ && backend_->TakesDecode(plan)) {
     Release(plan);
     return backend_->Decode(plan, input);

@@ -15,6 +15,8 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
+#include <span>
 #include <vector>
 
 #include "stage/base/status.h"
@@ -22,6 +24,7 @@
 #include "stage/contract/model_shape.h"
 #include "stage/model/batch.h"
 #include "stage/model/decoder_layer.h"
+#include "stage/model/run_ahead.h"
 #include "stage/model/stage_backend.h"
 #include "stage/model/stage_types.h"
 #include "stage/step/activation_shape.h"
@@ -65,6 +68,9 @@ class StageModel {
                                                     const weights::TensorMap& tensors);
   // REQUIRES: ValidatePlan(plan) is OK under limits that agree with the options; stage 0 gets empty activations.
   Result<StageOutput> Forward(const step::StepPlan& plan, const StageActivations& input);
+  // After a step whose `samples` are known: begins the step that will probably follow, on a backend that computes beside the
+  // caller, with one stage alone; nothing otherwise. The next Forward takes its result when that is what it is asked for.
+  void RunAhead(const step::StepPlan& done, std::span<const step::SampledToken> samples);
   // Runs the vision tower on one input and keeps its features until a plan's vision_released names it. An id that is
   // there already is replaced. kResourceExhausted beyond vision_tokens_max.
   Status AddVision(const step::VisionInput& input);
@@ -86,6 +92,7 @@ class StageModel {
   Result<StageActivations> Embed(const step::StepPlan& plan, const Batch& batch);
   void Release(const step::StepPlan& plan);  // vision features that the plan gives back
   Status CheckInput(const step::StepPlan& plan, const StageActivations& input) const;
+  std::optional<StageOutput> TakeAhead(const step::StepPlan& plan);
   Result<StageOutput> ForwardOrThrow(const step::StepPlan& plan, const StageActivations& input);
 
   const contract::ModelShape shape_;
@@ -96,6 +103,12 @@ class StageModel {
   std::vector<ops::PagedKv> cache_;  // one per layer
   ops::RotaryFrequencies rotary_;
   std::unique_ptr<StageBackend> backend_;  // null: layers_ compute
+  struct Ahead {
+    step::StepPlan plan;
+    at::Tensor logits;
+  };
+  std::optional<Ahead> ahead_;
+  RunAheadPolicy ahead_policy_;
   VisionEncoder encoder_;
   std::map<step::VisionId, at::Tensor> features_;  // (1 + taps, tokens, H)
   int64_t vision_tokens_ = 0;                      // rows of all features_

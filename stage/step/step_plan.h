@@ -55,7 +55,8 @@ struct SequenceSpan {
   int32_t begin = 0;                 // tokens of this sequence that are in the KV cache already
   std::vector<int32_t> tokens;       // ids to feed; never empty. Decode: one
   std::vector<Position> positions;   // as many as tokens
-  std::vector<BlockId> blocks;       // ceil((begin + tokens.size()) / block_tokens) entries, block i holds tokens [i*bt, (i+1)*bt)
+  // Block i holds tokens [i*bt, (i+1)*bt): ceil((begin + tokens.size()) / bt) entries, or one more for the token after these.
+  std::vector<BlockId> blocks;
   std::vector<VisionSlice> vision;   // ascending span_offset, not overlapping
   bool sample = false;               // true: sample from the logits of the span's last token
   std::vector<uint32_t> allowed;     // grammar mask, bit i%32 of word i/32 = token i may be sampled; empty = all

@@ -117,6 +117,7 @@ class ModelCompute final : public StageCompute {
       }
       ASSIGN_OR_RETURN(step::StepResult result, sampler_->Step(plan, output.logits));
       samples = std::move(result.samples);
+      model_->RunAhead(plan, samples);
       return OkStatus();
     } catch (const c10::Error& error) {  // of the copies below; the model keeps its own
       return InternalError(std::string("activations: ") + error.what_without_backtrace());

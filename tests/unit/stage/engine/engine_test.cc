@@ -268,6 +268,26 @@ TEST(Scheduler, SplitsLongHistoriesOverPlans) {
   EXPECT_EQ(starts, (std::vector<size_t>{1, 2, 1})) << "one computes the prefix, then the others follow, two at a time";
 }
 
+TEST(Scheduler, GivesADecodingSequenceItsNextBlockAheadIfThatTakesItFromNobody) {
+  const auto blocks = [](int32_t block_count) {
+    Scheduler scheduler({.block_ahead = true});
+    step::PlanLimits limits = kLimits;
+    limits.block_count = block_count;
+    scheduler.StartOver(1, limits, 1);
+    scheduler.Add(Text(1, 6, 8), 0);
+    std::vector<size_t> sizes;  // of the block table in each plan: 6, 7, 8, 9 tokens, blocks of 4
+    for (uint64_t step = 0; step < 4; ++step) {
+      const auto next = scheduler.Schedule(0);
+      if (!next) break;
+      sizes.push_back(next->plan.spans.at(0).blocks.size());
+      EXPECT_TRUE(scheduler.Commit({.epoch = 1, .step = step, .samples = {{.sequence = 1, .token = 7}}}));
+    }
+    return sizes;
+  };
+  EXPECT_EQ(blocks(16), (std::vector<size_t>{2, 2, 3, 3})) << "the plan of token 8 already names the block of token 9";
+  EXPECT_EQ(blocks(4), (std::vector<size_t>{2, 2, 3, 3}));
+}
+
 TEST(Scheduler, CutsPromptsSoThatAllStagesHaveWork) {
   // The prompt tokens of the plans of one prompt, as far as they go before a result must come.
   const auto chunks = [](int32_t tokens, int32_t stages, int32_t max_batch_tokens) {

@@ -74,7 +74,7 @@ class World {
   bool Chance(int32_t one_in) { return Pick(1, one_in) == 1; }
 
   Engine::Options MakeOptions() {
-    return {.queue_capacity = Pick(1, 12), .max_batch_tokens = Chance(4) ? Pick(1, 20) : 0, .prefix_cache = !Chance(4)};
+    return {.queue_capacity = Pick(1, 12), .max_batch_tokens = Chance(4) ? Pick(1, 20) : 0, .prefix_cache = !Chance(4), .block_ahead = Chance(2)};
   }
 
   void NewGroup() {

@@ -40,6 +40,7 @@ TEST(ValidatePlan, NamesTheFieldThatIsWrong) {
       {"begin: negative", [](StepPlan& p) { p.spans[0].begin = -1; }},
       {"begin: past", [](StepPlan& p) { p.spans[0].begin = 2147483640; }},
       {"blocks: 1, expected 2", [](StepPlan& p) { p.spans[0].blocks.pop_back(); }},
+      {"blocks: 4, expected 2", [](StepPlan& p) { p.spans[0].blocks.insert(p.spans[0].blocks.end(), {5, 6}); }},
       {"blocks: id 8", [](StepPlan& p) { p.spans[0].blocks[1] = 8; }},
       {"slot: out of range", [](StepPlan& p) { p.spans[0].slot = 2; }},
       {"slot: used twice", [](StepPlan& p) { p.spans.push_back(p.spans[0]); }},
