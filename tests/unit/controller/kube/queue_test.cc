@@ -84,6 +84,13 @@ TEST(RateLimiter, BackoffEndsAtItsMaximumHoweverOftenAKeyFails) {
   EXPECT_EQ(last, 1'000'000'000);
 }
 
+TEST(RateLimiter, NobodyWaitsLongerThanHalfAMinuteForAKeyThatFailedInAStorm) {
+  RateLimiter limiter({.per_second = 1e9, .burst = 1e9});
+  int64_t last = 0;
+  for (int i = 0; i < 20; ++i) last = limiter.When(Key("a"), 0);
+  EXPECT_EQ(last, 30'000'000);
+}
+
 TEST(RateLimiter, ManyKeysThatFailAtOnceShareTenASecondAfterTheFirstHundred) {
   RateLimiter limiter({});
   int64_t last = 0;
