@@ -10,6 +10,7 @@ groups of one epoch (world.Invariants).
 
   storms_test.py QWEN_CONTROLLER [SEED]
 """
+import ctypes
 import random
 import re
 import signal
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT / "tests/e2e"))
 from proxy import Faults, Proxy  # noqa: E402
 from world import World  # noqa: E402
 
+PR_SET_PDEATHSIG = 1  # an operator ends with the test, also when that is killed
 NS, SILENT = "default", "silent"
 STORM_S = 8
 CONVERGED_S = 60  # the queue's back-off after many failures in a row dominates; it is at most half a minute by then
@@ -50,7 +52,8 @@ class Operator:
 
     def start(self):
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(list(map(str, self.command)), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self.process = subprocess.Popen(list(map(str, self.command)), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                            preexec_fn=lambda: ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
 
     def keep(self):
         while not self.stopping:
