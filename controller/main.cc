@@ -24,7 +24,7 @@ using contract::ExitCode;
 
 struct Flags {
   std::string kubeconfig, context, namespace_name, lease_namespace, identity;
-  std::string image_head, image_stage;
+  std::string image_head, image_stage, image_export;
   bool leader_election = true, watch_nodes = true;
   int32_t workers = 4;
   int32_t lease_seconds = 15;
@@ -39,6 +39,7 @@ void AddFlags(CLI::App& app, Flags& f) {
   app.add_option("--namespace", f.namespace_name, "the only one to serve; default: all of them");
   app.add_option("--image-head", f.image_head, "image with qwen-head")->required();
   app.add_option("--image-stage", f.image_stage, "image with qwen-stage")->required();
+  app.add_option("--image-export", f.image_export, "image with python_export, for spec.weights.mode Export; default: pipelines name their own");
   app.add_option("--leader-election", f.leader_election, "false: this is the only controller, always");
   app.add_option("--lease-namespace", f.lease_namespace, "of the lease qwen-controller; default: the own one");
   app.add_option("--lease-seconds", f.lease_seconds, "after which another replica takes over from one that is silent")->check(CLI::Range(6, 300));
@@ -111,7 +112,7 @@ int Run(const Flags& flags, const sigset_t& signals) {
   const std::string identity = Identity(flags);
   kube::EventRecorder recorder({.controller = "qwenpipeline.dev/controller", .instance = identity}, client, clock, metrics);
   reconcile::Reconciler reconciler(**transport, client, recorder, clock, metrics,
-                                   {.namespace_name = flags.namespace_name, .images = {.head = flags.image_head, .stage = flags.image_stage}, .workers = flags.workers,
+                                   {.namespace_name = flags.namespace_name, .images = {.head = flags.image_head, .stage = flags.image_stage, .exporter = flags.image_export}, .workers = flags.workers,
                                     .watch_nodes = flags.watch_nodes});
   auto listener = HttpListener::Start({.port = flags.metrics_port}, Routes(reconciler, registry));
   if (!listener.ok()) return Fail("--metrics-port", listener.status());

@@ -16,6 +16,14 @@ template <typename T>
 using Names = std::array<std::pair<std::string_view, T>, 3>;
 constexpr Names<DtypeChoice> kDtypes = {{{"Auto", DtypeChoice::kAuto}, {"Float32", DtypeChoice::kFloat32}, {"BFloat16", DtypeChoice::kBFloat16}}};
 constexpr Names<TransportType> kTransports = {{{"Auto", TransportType::kAuto}, {"TCP", TransportType::kTcp}, {"NCCL", TransportType::kNccl}}};
+constexpr std::array<std::pair<std::string_view, Gang>, 4> kGangs = {
+    {{"None", Gang::kNone}, {"Kueue", Gang::kKueue}, {"Coscheduling", Gang::kCoscheduling}, {"Volcano", Gang::kVolcano}}};
+constexpr std::array<std::pair<std::string_view, TopologyPolicy>, 2> kTopologyPolicies = {
+    {{"Preferred", TopologyPolicy::kPreferred}, {"Required", TopologyPolicy::kRequired}}};
+constexpr Names<WeightsMode> kWeightsModes = {{{"Shared", WeightsMode::kShared}, {"PerStage", WeightsMode::kPerStage}, {"Export", WeightsMode::kExport}}};
+constexpr std::array<std::pair<std::string_view, std::string_view>, 2> kAccessModes = {
+    {{"ReadWriteOnce", "ReadWriteOnce"}, {"ReadWriteMany", "ReadWriteMany"}}};
+constexpr std::array<std::pair<std::string_view, RolloutStrategy>, 2> kStrategies = {{{"Surge", RolloutStrategy::kSurge}, {"Replace", RolloutStrategy::kReplace}}};
 constexpr std::array<std::pair<std::string_view, Device>, 2> kDevices = {{{"Cuda", Device::kCuda}, {"Cpu", Device::kCpu}}};
 constexpr std::array<std::pair<std::string_view, NetworkPolicyMode>, 2> kNetworkPolicies = {{{"Managed", NetworkPolicyMode::kManaged}, {"None", NetworkPolicyMode::kNone}}};
 constexpr std::array<std::pair<std::string_view, contract::BalancePolicy>, 2> kBalances = {
@@ -134,6 +142,26 @@ class Object {
       out.push_back(item.get<std::string>());
     }
   }
+  void Map(const char* key, std::map<std::string, std::string>& out, size_t count_maximum, size_t maximum) {
+    if (!Has(key)) return;
+    if (!At(key).is_object() || At(key).size() > count_maximum) return Problem(key, "must be an object of at most " + std::to_string(count_maximum) + " strings");
+    for (const auto& [name, value] : At(key).items()) {
+      if (!value.is_string() || value.get<std::string>().size() > maximum) return Problem(key, "must hold strings of at most " + std::to_string(maximum) + " characters");
+      out[name] = value.get<std::string>();
+    }
+  }
+  // Kept as text: types of Kubernetes, which only the API server checks.
+  void RawObject(const char* key, std::string& out) {
+    if (!Has(key)) return;
+    if (!At(key).is_object()) return Problem(key, "must be an object");
+    if (!At(key).empty()) out = At(key).dump();
+  }
+  void RawList(const char* key, std::string& out, size_t count_maximum) {
+    if (!Has(key)) return;
+    const bool objects = At(key).is_array() && std::all_of(At(key).begin(), At(key).end(), [](const Json& item) { return item.is_object(); });
+    if (!objects || At(key).size() > count_maximum) return Problem(key, "must be a list of at most " + std::to_string(count_maximum) + " objects");
+    if (!At(key).empty()) out = At(key).dump();
+  }
   void Ignore(const char* key) { known_.insert(key); }
   void Finish() {
     if (!json_.is_object()) return;
@@ -166,6 +194,47 @@ void ParseModel(Object& o, Model& model) {
   });
   o.Enum("dtype", kDtypes, model.dtype);
   o.Integer("maxModelLen", model.max_model_len, 1, 1 << 24);
+  o.Text("shape", model.shape, 64);
+}
+
+void ParseTemplate(Object& o, PodTemplate& pod) {
+  o.Text("image", pod.image, 512);
+  o.List("env", 64, [&](Object& entry) {
+    EnvVar variable;
+    entry.Text("name", variable.name, 253, true);
+    entry.Text("value", variable.value, 4096);
+    if (variable.name.find('=') != std::string::npos) entry.Problem("name", "must not contain '='");
+    pod.env.push_back(std::move(variable));
+  });
+  o.Map("nodeSelector", pod.node_selector, 32, 63);
+  o.Map("annotations", pod.annotations, 32, 4096);
+  o.Text("priorityClassName", pod.priority_class_name, 253);
+  o.RawObject("resources", pod.resources);
+  o.RawList("tolerations", pod.tolerations, 16);
+  o.RawList("volumes", pod.volumes, 16);
+  o.RawList("volumeMounts", pod.volume_mounts, 16);
+  o.RawList("imagePullSecrets", pod.image_pull_secrets, 8);
+  if (pod.volumes.empty()) return;
+  for (const Json& volume : Json::parse(pod.volumes))
+    for (const std::string_view own : {"model", "handshake", "api-keys", "tmp"})
+      if (volume.value("name", Json()) == own) o.Problem("volumes", "\"" + std::string(own) + "\" is the operator's own");
+}
+
+void ParseWeights(Object& o, Weights& weights) {
+  o.Enum("mode", kWeightsModes, weights.mode);
+  o.Text("claimPrefix", weights.claim_prefix, 240);
+  o.Text("size", weights.size, 32);
+  std::string storage_class;
+  if (o.Has("storageClassName")) {  // empty means: none, and is not the same as absent
+    o.Text("storageClassName", storage_class, 253);
+    weights.storage_class = storage_class;
+  }
+  std::string_view access_mode = weights.access_mode;
+  o.Enum("accessMode", kAccessModes, access_mode);
+  weights.access_mode = access_mode;
+  o.Nested("template", false, [&](Object& pod) { ParseTemplate(pod, weights.pod); });
+  if (weights.mode == WeightsMode::kPerStage && weights.claim_prefix.empty()) o.Problem("claimPrefix", "required with mode PerStage");
+  if (weights.mode == WeightsMode::kExport && weights.size.empty()) o.Problem("size", "required with mode Export");
 }
 
 void ParseStages(Object& o, Stages& stages) {
@@ -185,18 +254,14 @@ void ParseStages(Object& o, Stages& stages) {
       if (stage.layers.begin != expected) layers.Problem("begin", "must be " + std::to_string(expected) + ", found " + std::to_string(stage.layers.begin));
       if (stage.layers.end <= stage.layers.begin) layers.Problem("end", "must be greater than begin");
     });
-    item.List("env", 64, [&](Object& entry) {
-      EnvVar variable;
-      entry.Text("name", variable.name, 253, true);
-      entry.Text("value", variable.value, 4096);
-      if (variable.name.find('=') != std::string::npos) entry.Problem("name", "must not contain '='");
-      stage.env.push_back(std::move(variable));
-    });
+    ParseTemplate(item, stage.pod);
     stages.list.push_back(std::move(stage));
   });
   if (stages.count.has_value() != stages.list.empty()) o.Problem("", "exactly one of count and list is required");
   o.Enum("balance", kBalances, stages.balance);
   o.Integer("gpusPerStage", stages.gpus_per_stage, 1, 16);
+  o.Integer("gpuMemoryGB", stages.gpu_memory_gb, 1, 100000);
+  o.Nested("template", false, [&](Object& pod) { ParseTemplate(pod, stages.pod); });
 }
 
 void ParseEngine(Object& o, Engine& engine) {
@@ -220,6 +285,18 @@ void ParseServer(Object& o, Server& server) {
   o.Texts("allowedImageHosts", server.allowed_image_hosts, 64, 253);
   o.Integer("drainTimeoutSeconds", server.drain_timeout_seconds, 0, 3600);
   o.Integer("preStopSeconds", server.pre_stop_seconds, 0, 300);
+}
+
+// Adds what is set of `pod` to `json`.
+void AddTemplate(const PodTemplate& pod, Json& json) {
+  if (!pod.image.empty()) json["image"] = pod.image;
+  for (const EnvVar& variable : pod.env) json["env"].push_back({{"name", variable.name}, {"value", variable.value}});
+  if (!pod.node_selector.empty()) json["nodeSelector"] = pod.node_selector;
+  if (!pod.annotations.empty()) json["annotations"] = pod.annotations;
+  if (!pod.priority_class_name.empty()) json["priorityClassName"] = pod.priority_class_name;
+  for (const auto& [key, text] : {std::pair{"resources", &pod.resources}, {"tolerations", &pod.tolerations}, {"volumes", &pod.volumes},
+                                  {"volumeMounts", &pod.volume_mounts}, {"imagePullSecrets", &pod.image_pull_secrets}})
+    if (!text->empty()) json[key] = Json::parse(*text);
 }
 
 }  // namespace
@@ -254,13 +331,36 @@ Result<QwenPipeline> ParsePipeline(std::string_view text) {
   top.Nested("spec", true, [&](Object& o) {
     o.Nested("model", true, [&](Object& model) { ParseModel(model, spec.model); });
     o.Nested("stages", true, [&](Object& stages) { ParseStages(stages, spec.stages); });
-    o.Nested("transport", false, [&](Object& transport) { transport.Enum("type", kTransports, spec.transport.type); });
+    o.Nested("transport", false, [&](Object& transport) {
+      transport.Enum("type", kTransports, spec.transport.type);
+      transport.Nested("rdma", false, [&](Object& rdma) {
+        spec.transport.rdma.emplace();
+        rdma.Text("resource", spec.transport.rdma->resource, 253, true);
+        rdma.Integer("count", spec.transport.rdma->count, 1, 16);
+      });
+    });
+    o.Nested("scheduling", false, [&](Object& scheduling) {
+      scheduling.Enum("gang", kGangs, spec.scheduling.gang);
+      scheduling.Text("queueName", spec.scheduling.queue_name, 63);
+      scheduling.Text("schedulerName", spec.scheduling.scheduler_name, 253);
+      scheduling.Text("topologyKey", spec.scheduling.topology_key, 316);
+      scheduling.Enum("topologyPolicy", kTopologyPolicies, spec.scheduling.topology_policy);
+      if (spec.scheduling.gang == Gang::kKueue && spec.scheduling.queue_name.empty()) scheduling.Problem("queueName", "required with gang Kueue");
+    });
     o.Nested("engine", false, [&](Object& engine) { ParseEngine(engine, spec.engine); });
     o.Nested("server", false, [&](Object& server) { ParseServer(server, spec.server); });
     o.Nested("restart", false, [&](Object& restart) {
       restart.Integer("budget", spec.restart.budget, 0, 1000);
       restart.Integer("backoffSeconds", spec.restart.backoff_seconds, 1, 3600);
+      restart.Integer("stallTimeoutSeconds", spec.restart.stall_timeout_seconds, 1, 3600);
+      restart.Integer("startupTimeoutSeconds", spec.restart.startup_timeout_seconds, 60, 604800);
     });
+    o.Nested("rollout", false, [&](Object& rollout) {
+      rollout.Enum("strategy", kStrategies, spec.rollout.strategy);
+      rollout.Integer("surgeTimeoutSeconds", spec.rollout.surge_timeout_seconds, 0, 86400);
+    });
+    o.Nested("weights", false, [&](Object& weights) { ParseWeights(weights, spec.weights); });
+    o.Nested("head", false, [&](Object& head) { ParseTemplate(head, spec.head); });
     o.Enum("networkPolicy", kNetworkPolicies, spec.network_policy);
     o.Integer("replicas", spec.replicas, 0, 1000);
     o.Bool("suspend", spec.suspend);
@@ -281,6 +381,7 @@ std::string PipelineToJson(const QwenPipeline& p) {
   Json& model = json["spec"]["model"];
   model = {{"id", s.model.id}, {"dtype", DtypeChoiceName(s.model.dtype)}};
   if (s.model.max_model_len) model["maxModelLen"] = *s.model.max_model_len;
+  if (!s.model.shape.empty()) model["shape"] = s.model.shape;
   if (s.model.source.path) model["source"]["path"] = *s.model.source.path;
   if (const auto& claim = s.model.source.claim) {
     model["source"]["persistentVolumeClaim"] = {{"claimName", claim->claim_name}};
@@ -289,12 +390,21 @@ std::string PipelineToJson(const QwenPipeline& p) {
   Json& stages = json["spec"]["stages"];
   stages = {{"balance", BalanceName(s.stages.balance)}, {"gpusPerStage", s.stages.gpus_per_stage}};
   if (s.stages.count) stages["count"] = *s.stages.count;
+  if (s.stages.gpu_memory_gb) stages["gpuMemoryGB"] = *s.stages.gpu_memory_gb;
+  AddTemplate(s.stages.pod, stages["template"]);
+  if (stages["template"].is_null()) stages.erase("template");
   for (const StageItem& item : s.stages.list) {
     Json stage = {{"name", item.name}, {"layers", {{"begin", item.layers.begin}, {"end", item.layers.end}}}};
-    for (const EnvVar& variable : item.env) stage["env"].push_back({{"name", variable.name}, {"value", variable.value}});
+    AddTemplate(item.pod, stage);
     stages["list"].push_back(std::move(stage));
   }
   json["spec"]["transport"] = {{"type", TransportName(s.transport.type)}};
+  if (s.transport.rdma) json["spec"]["transport"]["rdma"] = {{"resource", s.transport.rdma->resource}, {"count", s.transport.rdma->count}};
+  Json& scheduling = json["spec"]["scheduling"];
+  scheduling = {{"gang", NameOf(kGangs, s.scheduling.gang)}, {"topologyPolicy", NameOf(kTopologyPolicies, s.scheduling.topology_policy)}};
+  if (!s.scheduling.queue_name.empty()) scheduling["queueName"] = s.scheduling.queue_name;
+  if (!s.scheduling.scheduler_name.empty()) scheduling["schedulerName"] = s.scheduling.scheduler_name;
+  if (!s.scheduling.topology_key.empty()) scheduling["topologyKey"] = s.scheduling.topology_key;
   Json& engine = json["spec"]["engine"];
   engine = {{"device", DeviceName(s.engine.device)}, {"blockTokens", s.engine.block_tokens},   {"maxBatchTokens", s.engine.max_batch_tokens},
             {"maxSequences", s.engine.max_sequences}, {"queueLimit", s.engine.queue_limit}};
@@ -305,7 +415,18 @@ std::string PipelineToJson(const QwenPipeline& p) {
   if (s.server.api_keys.secret_name) server["apiKeys"]["secretName"] = *s.server.api_keys.secret_name;
   if (s.server.api_keys.file) server["apiKeys"]["file"] = *s.server.api_keys.file;
   for (const std::string& host : s.server.allowed_image_hosts) server["allowedImageHosts"].push_back(host);
-  json["spec"]["restart"] = {{"budget", s.restart.budget}, {"backoffSeconds", s.restart.backoff_seconds}};
+  json["spec"]["restart"] = {{"budget", s.restart.budget}, {"backoffSeconds", s.restart.backoff_seconds}, {"stallTimeoutSeconds", s.restart.stall_timeout_seconds}};
+  if (s.restart.startup_timeout_seconds) json["spec"]["restart"]["startupTimeoutSeconds"] = *s.restart.startup_timeout_seconds;
+  json["spec"]["rollout"] = {{"strategy", NameOf(kStrategies, s.rollout.strategy)}, {"surgeTimeoutSeconds", s.rollout.surge_timeout_seconds}};
+  Json& weights = json["spec"]["weights"];
+  weights = {{"mode", NameOf(kWeightsModes, s.weights.mode)}, {"accessMode", s.weights.access_mode}};
+  if (!s.weights.claim_prefix.empty()) weights["claimPrefix"] = s.weights.claim_prefix;
+  if (!s.weights.size.empty()) weights["size"] = s.weights.size;
+  if (s.weights.storage_class) weights["storageClassName"] = *s.weights.storage_class;
+  AddTemplate(s.weights.pod, weights["template"]);
+  if (weights["template"].is_null()) weights.erase("template");
+  AddTemplate(s.head, json["spec"]["head"]);
+  if (json["spec"]["head"].is_null()) json["spec"].erase("head");
   json["spec"]["networkPolicy"] = NameOf(kNetworkPolicies, s.network_policy);
   json["spec"]["replicas"] = s.replicas;
   json["spec"]["suspend"] = s.suspend;

@@ -36,6 +36,13 @@ T Get(const Json& object, const char* key, T fallback = {}) {
   }
 }
 
+GroupPhase PhaseOf(const Json& item) {
+  const std::string phase = Get<std::string>(item, "phase");
+  for (const auto& [name, value] : kPhases)
+    if (name == phase) return value;
+  return GroupPhase::kForming;
+}
+
 template <typename Each>
 void ForEachObject(const Json& object, const char* key, const Each& each) {
   const auto found = object.find(key);
@@ -61,12 +68,15 @@ PipelineStatus ParseStatus(std::string_view text) {
   status.restarts = Get<int32_t>(json, "restarts");
   ForEachObject(json, "groups", [&](const Json& item) {
     GroupRecord group{.replica = Get<int32_t>(item, "replica"), .epoch = Get<int64_t>(item, "epoch"), .revision = Get<std::string>(item, "revision")};
-    const std::string phase = Get<std::string>(item, "phase");
-    for (const auto& [name, value] : kPhases)
-      if (name == phase) group.phase = value;
+    group.phase = PhaseOf(item);
     group.failures = Get<int32_t>(item, "failures");
     group.last_failure_seconds = TimeOf(Get<std::string>(item, "lastFailureTime"));
     group.last_failure_message = Get<std::string>(item, "lastFailureMessage");
+    if (const auto served = item.find("served"); served != item.end()) group.served = *served == true;
+    if (const auto next = item.find("next"); next != item.end() && next->is_object())
+      group.next = IncomingGroup{Get<int64_t>(*next, "epoch"), Get<std::string>(*next, "revision"), PhaseOf(*next), TimeOf(Get<std::string>(*next, "since"))};
+    group.retiring_epoch = Get<int64_t>(item, "retiringEpoch");
+    group.refused_revision = Get<std::string>(item, "refusedRevision");
     status.groups.push_back(std::move(group));
   });
   ForEachObject(json, "conditions", [&](const Json& item) {
@@ -86,6 +96,12 @@ std::string StatusToJson(const PipelineStatus& s) {
                  {"failures", group.failures}};
     if (group.last_failure_seconds != 0) item["lastFailureTime"] = TimeText(group.last_failure_seconds);
     if (!group.last_failure_message.empty()) item["lastFailureMessage"] = group.last_failure_message;
+    if (group.served) item["served"] = true;
+    if (group.next)
+      item["next"] = {{"epoch", group.next->epoch}, {"revision", group.next->revision}, {"phase", GroupPhaseName(group.next->phase)},
+                      {"since", TimeText(group.next->since_seconds)}};
+    if (group.retiring_epoch != 0) item["retiringEpoch"] = group.retiring_epoch;
+    if (!group.refused_revision.empty()) item["refusedRevision"] = group.refused_revision;
     json["groups"].push_back(std::move(item));
   }
   for (const Condition& condition : s.conditions)

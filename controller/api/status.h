@@ -5,6 +5,7 @@
 // where the old one stopped. It is written before the pods that it speaks of (write-ahead), never after.
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -25,6 +26,13 @@ struct Condition {  // metav1.Condition
 // missing was lost. kDown: a failure was counted, the restart waits for its back-off. kFailed: given up until the spec changes.
 // kLeaving: it drains and goes, because it is not wanted; wanted again, it begins anew.
 enum class GroupPhase { kForming, kFormed, kDown, kFailed, kLeaving };
+struct IncomingGroup {  // of another revision, being made beside the one that serves
+  int64_t epoch = 0;
+  std::string revision;
+  GroupPhase phase = GroupPhase::kForming;  // or kFormed
+  int64_t since_seconds = 0;
+  bool operator==(const IncomingGroup&) const = default;
+};
 struct GroupRecord {
   int32_t replica = 0;
   int64_t epoch = 0;
@@ -33,6 +41,10 @@ struct GroupRecord {
   int32_t failures = 0;  // since the group last served for long
   int64_t last_failure_seconds = 0;
   std::string last_failure_message;
+  bool served = false;            // all its pods were ready at once, under this epoch
+  std::optional<IncomingGroup> next;
+  int64_t retiring_epoch = 0;     // of the last group that this one took over from; its head drains before its stages go
+  std::string refused_revision;   // given up beside a group that serves
   bool operator==(const GroupRecord&) const = default;
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "controller/plan/template.h"
 #include "stage/contract/pod_contract.h"
 
 namespace qwen::plan {
@@ -38,6 +39,12 @@ void AddLimits(Arguments& args, const api::Engine& engine, const PipelineSize& s
       .Add("--max-model-len", size.max_model_len);
 }
 
+std::map<std::string, std::string> Environment(const api::Spec& spec, int32_t stage) {
+  std::map<std::string, std::string> environment;
+  for (const api::EnvVar& variable : TemplateOf(spec, stage).env) environment[variable.name] = variable.value;
+  return environment;
+}
+
 Process Head(const api::QwenPipeline& pipeline, const PipelineSize& size, const Placement& placement) {
   const api::Spec& spec = pipeline.spec;
   Arguments args;
@@ -48,8 +55,9 @@ Process Head(const api::QwenPipeline& pipeline, const PipelineSize& size, const 
   args.Add("--queue", spec.engine.queue_limit);
   if (!placement.api_keys_file.empty()) args.Add("--api-keys-file", placement.api_keys_file);
   for (const std::string& host : spec.server.allowed_image_hosts) args.Add("--allow-image-host", host);
-  args.Add("--drain-timeout", spec.server.drain_timeout_seconds).Add("--log-level", placement.log_level);
-  return {.name = "head", .role = Role::kHead, .program = "qwen-head", .args = args.Take()};
+  args.Add("--drain-timeout", spec.server.drain_timeout_seconds).Add("--stall-timeout", spec.restart.stall_timeout_seconds);
+  args.Add("--log-level", placement.log_level);
+  return {.name = "head", .role = Role::kHead, .program = "qwen-head", .args = args.Take(), .env = Environment(spec, -1)};
 }
 
 Process Stage(const api::QwenPipeline& pipeline, const PipelineSize& size, const Placement& placement, int32_t index) {
@@ -70,12 +78,10 @@ Process Stage(const api::QwenPipeline& pipeline, const PipelineSize& size, const
   } else if (placement.cores > 0) {
     args.Add("--threads", std::max(1, placement.cores / stages));  // stages of one machine work at the same time
   }
-  args.Add("--log-level", placement.log_level);
-  Process process{.name = "stage-" + std::to_string(index), .role = Role::kStage, .stage = index, .program = "qwen-stage", .args = args.Take()};
-  if (!spec.stages.list.empty()) {
-    process.name = spec.stages.list[index].name;
-    for (const api::EnvVar& variable : spec.stages.list[index].env) process.env[variable.name] = variable.value;
-  }
+  args.Add("--stall-timeout", spec.restart.stall_timeout_seconds).Add("--log-level", placement.log_level);
+  Process process{.name = "stage-" + std::to_string(index), .role = Role::kStage, .stage = index, .program = "qwen-stage", .args = args.Take(),
+                  .env = Environment(spec, index)};
+  if (!spec.stages.list.empty()) process.name = spec.stages.list[index].name;
   return process;
 }
 

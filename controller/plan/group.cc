@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "controller/plan/objects.h"
+#include "controller/plan/sizing.h"
 #include "stage/contract/pod_contract.h"
 
 namespace qwen::plan {
@@ -42,13 +43,13 @@ struct Members {
   std::vector<const ObservedPod*> current;  // of the record's epoch; index 0 the head, k + 1 stage k; null: not there
   std::vector<const ObservedPod*> stale;    // of other epochs, or no member of this group at all
 };
-Members Sort(const GroupInput& input, int64_t epoch, int32_t stages) {
+Members Sort(const GroupInput& input, int64_t epoch, int32_t stages, int64_t other_epoch = 0) {
   Members members;
   members.current.resize(static_cast<size_t>(stages) + 1);
   for (const ObservedPod* pod : input.pods) {
     if (pod->epoch == epoch && pod->stage >= -1 && pod->stage < stages) {
       members.current[static_cast<size_t>(pod->stage + 1)] = pod;
-    } else {
+    } else if (pod->epoch != other_epoch) {
       members.stale.push_back(pod);
     }
   }
@@ -62,11 +63,12 @@ class Planner {
   GroupPlan Plan() {
     Recall();
     if (!plan_.record) {
-      if (input_.wanted) Begin();
+      if (input_.wanted && input_.may_begin) Begin();
       return std::move(plan_);
     }
-    members_ = Sort(input_, record().epoch, Stages());
-    for (const ObservedPod* pod : members_.stale) Remove(pod);
+    // A group beside this one that nobody wants any more is like any other stale pod.
+    if (record().next && (!input_.wanted || record().revision == input_.revision || record().next->revision != input_.revision)) record().next.reset();
+    members_ = Sort(input_, record().epoch, Stages(), record().next ? record().next->epoch : 0);
     Count();
     if (!input_.wanted) {
       record().phase = GroupPhase::kLeaving;
@@ -80,10 +82,19 @@ class Planner {
     } else {
       Keep();
     }
+    RemoveStale();
+    RemoveGone();
     return std::move(plan_);
   }
 
  private:
+  // What broke the group, if anything did: the pod that ended, or one that is gone.
+  struct Problem {
+    bool hopeless = false;
+    std::string what;
+    bool node = false;  // that was lost: not the group's fault
+  };
+
   api::GroupRecord& record() { return *plan_.record; }
 
   // Of the group that is there: another revision may have had another number.
@@ -99,19 +110,23 @@ class Planner {
   void Recall() {
     plan_.record = input_.record;
     for (const ObservedPod* pod : input_.pods) {
-      if (plan_.record && pod->epoch <= plan_.record->epoch) continue;
+      if (plan_.record && pod->epoch <= std::max(record().epoch, input_.known_epoch)) continue;
       if (!plan_.record) plan_.record = api::GroupRecord{.replica = input_.replica};
       record().epoch = pod->epoch;
       record().revision = pod->revision;
       record().phase = GroupPhase::kForming;
+      record().served = false;
+      record().next.reset();
     }
     if (plan_.record && input_.spec_changed) {
+      record().refused_revision.clear();
       if (record().phase == GroupPhase::kFailed) record().phase = GroupPhase::kDown;
       record().failures = 0;
     }
   }
 
   void Count() {
+    plan_.heads_ready = plan_.stages_ready = 0;
     for (const ObservedPod* pod : members_.current) {
       if (pod == nullptr || !pod->serving()) continue;
       (pod->stage < 0 ? plan_.heads_ready : plan_.stages_ready) += 1;
@@ -125,13 +140,14 @@ class Planner {
 
   void Wake(int64_t at_seconds) { plan_.wake_seconds = std::min(plan_.wake_seconds.value_or(at_seconds), at_seconds); }
 
-  void CreateAll() {
+  void CreateAll(int64_t epoch) {
+    plan_.create_epoch = epoch;
     for (int32_t stage = -1; stage < pipeline_.spec.stages.size(); ++stage) plan_.create.push_back(stage);
   }
 
   void Begin() {
     plan_.record = api::GroupRecord{.replica = input_.replica, .epoch = input_.next_epoch, .revision = input_.revision};
-    CreateAll();
+    CreateAll(record().epoch);
     plan_.blocker = Blocker{1, "Creating", "group " + std::to_string(input_.replica) + " is being created"};
   }
 
@@ -141,18 +157,40 @@ class Planner {
     record().epoch = input_.next_epoch;
     record().revision = input_.revision;
     record().phase = GroupPhase::kForming;
+    record().served = false;
     plan_.heads_ready = plan_.stages_ready = 0;
-    CreateAll();
+    CreateAll(record().epoch);
   }
 
   // The head of a group that serves goes first and finishes its requests. True: that is under way, the stages must stay.
-  bool Draining(const char* reason) {
-    const ObservedPod* head = members_.current[0];
+  bool Finishing(const ObservedPod* head) {
     if (head == nullptr || head->phase != PodPhase::kRunning || !(head->ready || head->deleting)) return false;
     if (head->node_state != NodeState::kFine) return false;  // nobody is there to finish anything
     if (head->deleting && input_.now_seconds > head->gone_by_seconds + kOverdueSeconds) return false;
     Remove(head);
     if (head->deleting) Wake(head->gone_by_seconds + kOverdueSeconds + 1);
+    return true;
+  }
+  // Of other epochs: all at once, but for the one that served until the present group took over.
+  void RemoveStale() {
+    const ObservedPod* head = nullptr;
+    for (const ObservedPod* pod : members_.stale)
+      if (pod->epoch == retiring() && pod->stage < 0) head = pod;
+    const bool drains = Finishing(head);
+    for (const ObservedPod* pod : members_.stale)
+      if (!drains || pod->epoch != head->epoch) Remove(pod);
+  }
+  // Whatever the group waits for: a pod that Kubernetes is to delete, on a node that is gone, is but a name.
+  void RemoveGone() {
+    for (const ObservedPod* pod : members_.current)
+      if (pod != nullptr && pod->deleting && pod->node_state == NodeState::kGone && std::find(plan_.remove.begin(), plan_.remove.end(), pod) == plan_.remove.end())
+        plan_.remove.push_back(pod);
+  }
+  int64_t retiring() const { return plan_.record ? plan_.record->retiring_epoch : 0; }
+
+  bool Draining(const char* reason) {
+    const ObservedPod* head = members_.current[0];
+    if (!Finishing(head)) return false;
     plan_.blocker = Blocker{3, reason, "pod " + head->name + " finishes its requests"};
     return true;
   }
@@ -171,6 +209,10 @@ class Planner {
 
   // Wanted again before it was gone: no failure, so none is counted.
   void Return() {
+    if (!input_.may_begin) {
+      Retire("WaitingForWeights");
+      return;
+    }
     if (Draining("Updating")) return;
     Replace();
     plan_.blocker = Blocker{3, "Updating", "group " + std::to_string(input_.replica) + " begins again under epoch " + std::to_string(record().epoch)};
@@ -178,10 +220,20 @@ class Planner {
 
   // Another revision is wanted. A group that serves waits for its turn and drains; one that does not has nothing to lose.
   void Update() {
+    if (record().next) return Surge();
+    if (!input_.may_begin) {
+      plan_.blocker = Blocker{2, "WaitingForWeights", "group " + std::to_string(input_.replica) + " stays as it is until the new revision's weights are there"};
+      return;
+    }
     if (AllReady() && !input_.may_roll) {
       plan_.blocker = Blocker{2, "Updating", "group " + std::to_string(input_.replica) + " serves an older revision until its turn comes"};
       return;
     }
+    if (AllReady() && pipeline_.spec.rollout.strategy == api::RolloutStrategy::kSurge) return BeginNext();
+    ReplaceRevision();
+  }
+
+  void ReplaceRevision() {
     if (Draining("Updating")) return;
     Replace();
     record().failures = 0;
@@ -189,17 +241,105 @@ class Planner {
                                                " with the new revision"};
   }
 
-  // What broke the group, if anything did: the pod that ended, or one that is gone.
-  struct Problem {
-    bool hopeless = false;
-    std::string what;
-    bool node = false;  // that was lost: not the group's fault
-  };
-  std::optional<Problem> FindProblem() const {
+  // The wanted revision is made beside the group, unless it has proved hopeless there.
+  void BeginNext() {
+    const int64_t due = record().last_failure_seconds + BackoffSeconds(pipeline_.spec.restart, record().failures);
+    if (record().refused_revision == input_.revision || input_.now_seconds < due) return BeginNextLater();
+    record().next = api::IncomingGroup{.epoch = input_.next_epoch, .revision = input_.revision, .since_seconds = input_.now_seconds};
+    Wake(input_.now_seconds + pipeline_.spec.rollout.surge_timeout_seconds);
+    CreateAll(record().next->epoch);
+    plan_.blocker = Blocker{3, "Updating", Beside()};
+  }
+  std::string Beside() const {
+    return "group " + std::to_string(input_.replica) + " serves its old revision until the new one is ready under epoch " + std::to_string(plan_.record->next->epoch);
+  }
+
+  // `next` is there, of the wanted revision.
+  void Surge() {
+    api::IncomingGroup& next = *record().next;
+    Members coming = Sort(input_, next.epoch, pipeline_.spec.stages.size());
+    const bool formed = next.phase == GroupPhase::kFormed;
+    if (!AllReady()) return TakeOver(std::move(coming));  // what it was to relieve is broken
+    if (const std::optional<Problem> problem = FindProblem(coming.current, next.epoch, formed)) {
+      for (const ObservedPod* pod : coming.current) Remove(pod);
+      record().next.reset();
+      return NoteRolloutFailure(*problem);
+    }
+    const bool complete = std::all_of(coming.current.begin(), coming.current.end(), [](const ObservedPod* pod) { return pod != nullptr; });
+    const auto serves = [](const ObservedPod* pod) { return pod->serving(); };
+    if (complete && std::all_of(coming.current.begin(), coming.current.end(), serves)) return TakeOver(std::move(coming));
+    if (complete) {
+      next.phase = GroupPhase::kFormed;
+    } else {
+      plan_.create_epoch = next.epoch;
+    }
+    plan_.blocker = Blocker{3, "Updating", Beside()};
+    bool placed = complete;
+    for (size_t i = 0; i < coming.current.size(); ++i) {
+      const ObservedPod* pod = coming.current[i];
+      if (pod == nullptr) {
+        plan_.create.push_back(static_cast<int32_t>(i) - 1);
+        continue;
+      }
+      placed &= !pod->node.empty();
+      if (Blocker blocker = BlockerOf(*pod); !pod->ready && blocker.rank >= 55 && blocker.rank > plan_.blocker->rank) plan_.blocker = std::move(blocker);
+    }
+    const int64_t seconds = pipeline_.spec.rollout.surge_timeout_seconds + (placed ? StartupSeconds(pipeline_.spec) : 0);
+    const int64_t deadline = next.since_seconds + seconds;
+    if (input_.now_seconds < deadline) return Wake(deadline);
+    if (placed) {
+      const std::string why = plan_.blocker->rank > 3 ? plan_.blocker->message : "epoch " + std::to_string(next.epoch);
+      for (const ObservedPod* pod : coming.current) Remove(pod);
+      record().next.reset();
+      return NoteRolloutFailure({false, why + " was not ready in " + std::to_string(seconds) + " s"});
+    }
+    for (const ObservedPod* pod : coming.current) Remove(pod);  // no room for two
+    plan_.create.clear();
+    record().next.reset();
+    ReplaceRevision();
+  }
+
+  void TakeOver(Members coming) {
+    record().retiring_epoch = AllReady() ? record().epoch : 0;  // else there is nothing that it could finish
+    record().epoch = record().next->epoch;
+    record().revision = record().next->revision;
+    record().phase = record().next->phase;
+    record().failures = 0;
+    record().served = false;
+    record().next.reset();
+    members_ = std::move(coming);
+    Count();
+    Keep();
+  }
+
+  void NoteRolloutFailure(const Problem& problem) {
+    ++record().failures;
+    record().last_failure_seconds = input_.now_seconds;
+    record().last_failure_message = Cut("the new revision failed: " + problem.what, 900);
+    plan_.failure = record().last_failure_message;
+    plan_.rollout_failed = true;
+    if (problem.hopeless || (!problem.node && record().failures > pipeline_.spec.restart.budget)) {
+      record().refused_revision = input_.revision;
+      record().last_failure_message += problem.hopeless ? "; trying again cannot help" : "; failure " + std::to_string(record().failures) + ", the budget is " +
+                                                                                             std::to_string(pipeline_.spec.restart.budget);
+      record().last_failure_message += "; the old revision serves";
+    }
+    BeginNextLater();
+  }
+  // Says why nothing is begun now; the next look, at the latest when the back-off is over, begins it.
+  void BeginNextLater() {
+    const int64_t due = record().last_failure_seconds + BackoffSeconds(pipeline_.spec.restart, record().failures);
+    const bool refused = record().refused_revision == input_.revision;
+    if (!refused) Wake(std::max(due, input_.now_seconds));
+    plan_.blocker = Blocker{refused ? 100 : 50, refused ? "RolloutFailed" : "RolloutFailing", record().last_failure_message};
+  }
+
+  // `formed`: all of them were there once.
+  std::optional<Problem> FindProblem(const std::vector<const ObservedPod*>& pods, int64_t epoch, bool formed) const {
     const ObservedPod *ended = nullptr, *cut_off = nullptr;
     std::optional<Problem> gone;
-    for (size_t i = 0; i < members_.current.size(); ++i) {
-      const ObservedPod* pod = members_.current[i];
+    for (size_t i = 0; i < pods.size(); ++i) {
+      const ObservedPod* pod = pods[i];
       if (pod != nullptr && pod->node_state != NodeState::kFine && cut_off == nullptr) cut_off = pod;
       if (pod != nullptr && pod->phase == PodPhase::kEnded) {
         // A hopeless end explains the others; else the first that failed, before one that merely finished.
@@ -207,8 +347,8 @@ class Planner {
         if (ended == nullptr || weight(*pod) > weight(*ended)) ended = pod;
       } else if (!gone && pod != nullptr && pod->deleting) {
         gone = Problem{false, "pod " + pod->name + " is being deleted"};
-      } else if (!gone && pod == nullptr && input_.record && input_.record->phase != GroupPhase::kForming) {
-        gone = Problem{false, "pod " + PodName(pipeline_, input_.replica, static_cast<int32_t>(i) - 1, plan_.record->epoch) + " is gone"};
+      } else if (!gone && pod == nullptr && formed) {
+        gone = Problem{false, "pod " + PodName(pipeline_, input_.replica, static_cast<int32_t>(i) - 1, epoch) + " is gone"};
       }
     }
     if (ended != nullptr && Hopeless(*ended)) return Problem{true, BlockerOf(*ended).message};
@@ -217,8 +357,26 @@ class Planner {
     return gone;
   }
 
+  // A process that runs and does not get ready, or that stopped being ready and does not come back. One that hangs altogether is
+  // ended by its liveness probe before that.
+  std::optional<Problem> FindHang() {
+    for (const ObservedPod* pod : members_.current) {
+      if (pod == nullptr || pod->ready || pod->phase != PodPhase::kRunning || !pod->node_trouble.empty()) continue;
+      const int64_t since = record().served ? pod->ready_changed_seconds : pod->started_seconds;
+      if (since == 0) continue;
+      const int64_t patience = record().served ? std::max<int64_t>(kUnreadySecondsMin, 6 * int64_t{pipeline_.spec.restart.stall_timeout_seconds})
+                                               : StartupSeconds(pipeline_.spec);
+      if (input_.now_seconds >= since + patience)
+        return Problem{false, "pod " + pod->name + (record().served ? " stopped being ready and was not again in " : " was not ready in ") + std::to_string(patience) + " s"};
+      Wake(since + patience);
+    }
+    return std::nullopt;
+  }
+
   void Keep() {
-    const std::optional<Problem> problem = FindProblem();
+    const bool down = record().phase == GroupPhase::kDown;
+    std::optional<Problem> problem = FindProblem(members_.current, record().epoch, record().phase != GroupPhase::kForming);
+    if (!problem && !down) problem = FindHang();
     if (problem && record().phase != GroupPhase::kDown) NoteFailure(*problem);
     if (record().phase == GroupPhase::kFailed) return;
     if (record().phase == GroupPhase::kDown) return Restart();
@@ -261,11 +419,13 @@ class Planner {
     for (size_t i = 0; i < members_.current.size(); ++i) {
       if (members_.current[i] != nullptr) continue;
       complete = false;
+      plan_.create_epoch = record().epoch;
       plan_.create.push_back(static_cast<int32_t>(i) - 1);
     }
     if (complete) record().phase = GroupPhase::kFormed;
     plan_.ready = complete && AllReady();
     if (plan_.ready) {
+      record().served = true;
       const int64_t forgiven = record().last_failure_seconds + kStableSeconds;
       if (record().failures > 0 && input_.now_seconds >= forgiven) record().failures = 0;
       if (record().failures > 0) Wake(forgiven);

@@ -2,6 +2,8 @@
 //
 //   no record ──▶ Forming ──all pods exist──▶ Formed ──a pod ended or is gone──▶ Down ──back-off over──▶ Forming, epoch + 1
 //                                                                                  └──budget spent, or hopeless──▶ Failed
+//   Formed, another revision wanted, strategy Surge: `next` forms under the next epoch beside it ──ready──▶ it is the group, the old
+//     one drains; it fails: it goes, and is tried again within the budget; it finds no room: the old one drains first
 //   any ──not wanted──▶ Leaving ──head gone, then stages gone──▶ no record; wanted again before: Forming, epoch + 1
 // A group is replaced as a whole: its stages cannot yet keep their weights while one of them is away. Nothing is ever created
 // again under an epoch once the group was complete, so two groups of one epoch cannot be.
@@ -22,6 +24,7 @@ namespace qwen::plan {
 
 inline constexpr int32_t kBackoffSecondsMax = 300;
 inline constexpr int32_t kStableSeconds = 600;      // ready for so long after a failure: failures begin at 0 again
+inline constexpr int32_t kUnreadySecondsMin = 60;   // a pod that served and is not ready for so long (or six stall time-outs) hangs
 inline constexpr int32_t kOverdueSeconds = 30;      // a deleted head that is still there so long after its grace has a dead node
 
 // Before the restart after failure number `failures`: 0, then the base doubled each time.
@@ -39,10 +42,12 @@ struct GroupInput {
   int32_t replica = 0;
   bool wanted = true;    // replica < spec.replicas and not suspended
   const char* leaving = "ScalingDown";  // reason of the condition while one that is not wanted goes
+  bool may_begin = true;  // pods of the wanted revision: their weights are there
   bool may_roll = true;  // a serving group of another revision may be replaced now
   bool spec_changed = false;  // since the status was written: what was given up is tried again
   std::string revision;  // as desired
   int64_t next_epoch = 1;
+  int64_t known_epoch = 0;  // the highest that the status has ever told of: pods above it are of a group that it has forgotten
   int64_t now_seconds = 0;
   std::optional<api::GroupRecord> record;
   std::vector<const ObservedPod*> pods;  // of this replica, of any epoch
@@ -50,7 +55,8 @@ struct GroupInput {
 
 struct GroupPlan {
   std::optional<api::GroupRecord> record;  // to be written before anything below is done; none: there is no group
-  std::vector<int32_t> create;             // members of record->epoch that are missing: -1 for the head
+  std::vector<int32_t> create;             // members of create_epoch that are missing: -1 for the head
+  int64_t create_epoch = 0;                // the group's own, or that of the one beside it
   std::vector<const ObservedPod*> remove;
   std::optional<int64_t> wake_seconds;     // look again then, if nothing happens before
   bool restarted = false;                  // because of a failure
@@ -58,6 +64,7 @@ struct GroupPlan {
   int32_t heads_ready = 0, stages_ready = 0;
   std::optional<Blocker> blocker;          // why it does not serve
   std::string failure;                     // a failure that was noticed just now; empty: none
+  bool rollout_failed = false;             // it is one of the group beside this one
 };
 GroupPlan PlanGroup(const api::QwenPipeline& pipeline, const GroupInput& input);
 

@@ -4,6 +4,9 @@
 #include <array>
 
 #include "controller/plan/desired.h"
+#include "controller/plan/scheduling.h"
+#include "controller/plan/template.h"
+#include "controller/plan/weights.h"
 #include "stage/contract/pod_contract.h"
 
 namespace qwen::plan {
@@ -22,27 +25,9 @@ constexpr int32_t kStageGraceSeconds = 30;
 
 std::string S(std::string_view text) { return std::string(text); }
 
-// FNV-1a: against accidents, not against anybody.
-std::string Hash(const std::string& text) {
-  uint64_t hash = 0xcbf29ce484222325;
-  for (const unsigned char c : text) hash = (hash ^ c) * 0x100000001b3;
-  std::array<char, 17> hex;
-  std::snprintf(hex.data(), hex.size(), "%016llx", static_cast<unsigned long long>(hash));
-  return hex.data();
-}
-
 json Labels(const api::QwenPipeline& pipeline) {
   return {{"app.kubernetes.io/name", "qwen-pipeline"}, {"app.kubernetes.io/instance", pipeline.metadata.name},
           {"app.kubernetes.io/managed-by", S(contract::kFieldManager)}, {S(contract::kLabelPipeline), pipeline.metadata.name}};
-}
-
-json Metadata(const api::QwenPipeline& pipeline, const std::string& name) {
-  return {{"name", name},
-          {"namespace", pipeline.metadata.namespace_name},
-          {"labels", Labels(pipeline)},
-          {"ownerReferences",
-           {{{"apiVersion", S(contract::kApiVersion)}, {"kind", S(contract::kKind)}, {"name", pipeline.metadata.name}, {"uid", pipeline.metadata.uid},
-             {"controller", true}, {"blockOwnerDeletion", true}}}}};
 }
 
 json Variable(std::string_view name, const std::string& value) { return {{"name", S(name)}, {"value", value}}; }
@@ -60,14 +45,8 @@ void AddVolume(json& spec, json& container, const char* name, std::string_view p
   container["volumeMounts"].push_back(std::move(mount));
 }
 
-void AddVolumes(const api::QwenPipeline& pipeline, bool head, json& spec, json& container) {
-  const api::ModelSource& source = pipeline.spec.model.source;
-  if (source.claim) {
-    AddVolume(spec, container, "model", contract::kModelMountPath,
-              {{"persistentVolumeClaim", {{"claimName", source.claim->claim_name}, {"readOnly", true}}}}, true, source.claim->sub_path);
-  } else {
-    AddVolume(spec, container, "model", contract::kModelMountPath, {{"hostPath", {{"path", *source.path}, {"type", "Directory"}}}});
-  }
+void AddVolumes(const api::QwenPipeline& pipeline, const api::ModelSource& weights, bool head, json& spec, json& container) {
+  AddVolume(spec, container, "model", contract::kModelMountPath, ModelVolume(weights), true, weights.claim ? weights.claim->sub_path : "");
   AddVolume(spec, container, "handshake", contract::kSecretMountPath, {{"secret", {{"secretName", SecretName(pipeline)}, {"defaultMode", 0440}}}});
   if (const auto& keys = pipeline.spec.server.api_keys.secret_name; head && keys)
     AddVolume(spec, container, "api-keys", contract::kApiKeysMountPath, {{"secret", {{"secretName", *keys}, {"defaultMode", 0440}}}});
@@ -85,8 +64,7 @@ json Container(const api::QwenPipeline& pipeline, const Process& process, const 
                     {"startupProbe", Probe(contract::kHealthPath, probed, kStartupPeriodSeconds, kStartupSeconds / kStartupPeriodSeconds)},
                     {"livenessProbe", Probe(contract::kHealthPath, probed, 10, 3)},
                     {"readinessProbe", Probe(contract::kReadyPath, probed, 2, 1)},
-                    {"securityContext",
-                     {{"allowPrivilegeEscalation", false}, {"readOnlyRootFilesystem", true}, {"capabilities", {{"drop", {"ALL"}}}}}}};
+                    {"securityContext", ContainerSecurity()}};
   if (head && pre_stop_seconds > 0) container["lifecycle"]["preStop"]["sleep"]["seconds"] = pre_stop_seconds;
   const auto port = [](const char* name, uint16_t number) { return json{{"name", name}, {"containerPort", number}}; };
   container["ports"] = head ? json{port("api", contract::kApiPort), port("control", contract::kControlPort)}
@@ -101,10 +79,10 @@ json Container(const api::QwenPipeline& pipeline, const Process& process, const 
   return container;
 }
 
-json Pod(const api::QwenPipeline& pipeline, const Process& process, const std::string& image, Group group, int32_t stages) {
+json Pod(const api::QwenPipeline& pipeline, const PipelineSize& size, const Process& process, const std::string& image, Group group) {
   const bool head = process.role == Role::kHead;
   const std::string name = PodName(pipeline, group.replica, process.stage, group.epoch);
-  json metadata = Metadata(pipeline, name);
+  json metadata = ChildMetadata(pipeline, name);
   json& labels = metadata["labels"];
   labels["app.kubernetes.io/component"] = S(head ? contract::kRoleHead : contract::kRoleStage);
   labels[S(contract::kLabelRole)] = S(head ? contract::kRoleHead : contract::kRoleStage);
@@ -119,12 +97,14 @@ json Pod(const api::QwenPipeline& pipeline, const Process& process, const std::s
                {"automountServiceAccountToken", false},
                {"enableServiceLinks", false},
                {"terminationGracePeriodSeconds", grace_seconds},
-               {"securityContext",
-                {{"runAsNonRoot", true}, {"runAsUser", kUser}, {"runAsGroup", kUser}, {"fsGroup", kUser}, {"seccompProfile", {{"type", "RuntimeDefault"}}}}}};
-  json container = Container(pipeline, process, image, group, stages);
-  AddVolumes(pipeline, head, spec, container);
+               {"securityContext", PodSecurity()}};
+  json container = Container(pipeline, process, image, group, pipeline.spec.stages.size());
+  AddVolumes(pipeline, WeightsOf(pipeline, size, process.stage), head, spec, container);
   spec["containers"].push_back(std::move(container));
-  return {{"apiVersion", "v1"}, {"kind", "Pod"}, {"metadata", std::move(metadata)}, {"spec", std::move(spec)}};
+  json pod = {{"apiVersion", "v1"}, {"kind", "Pod"}, {"metadata", std::move(metadata)}, {"spec", std::move(spec)}};
+  ApplyTemplate(TemplateOf(pipeline.spec, process.stage), pod);
+  ApplyScheduling(pipeline, group, head, pod);
+  return pod;
 }
 
 Result<std::vector<json>> UnstampedPods(const api::QwenPipeline& pipeline, const Images& images, Group group) {
@@ -134,7 +114,8 @@ Result<std::vector<json>> UnstampedPods(const api::QwenPipeline& pipeline, const
     return InvalidArgumentError("spec.model.source.path: in a cluster it must be absolute: a folder on every node");
   if (spec.server.api_keys.file && !spec.server.api_keys.secret_name)
     return InvalidArgumentError("spec.server.apiKeys: a cluster needs secretName; file is for qwenctl run");
-  ASSIGN_OR_RETURN(const PipelineSize size, UnsizedPipeline(spec));
+  ASSIGN_OR_RETURN(const PipelineSize size, ClusterSize(spec));
+  RETURN_IF_ERROR(CheckWeights(spec, size, images));
   const auto any = [](uint16_t port) { return "0.0.0.0:" + std::to_string(port); };
   const Placement placement{
       .model_dir = S(contract::kModelMountPath),
@@ -152,13 +133,15 @@ Result<std::vector<json>> UnstampedPods(const api::QwenPipeline& pipeline, const
   };
   ASSIGN_OR_RETURN(const std::vector<Process> processes, DesiredProcesses(pipeline, size, placement));
   std::vector<json> pods;
-  for (const Process& process : processes)
-    pods.push_back(Pod(pipeline, process, process.role == Role::kHead ? images.head : images.stage, group, spec.stages.size()));
+  for (const Process& process : processes) {
+    const std::string own = TemplateOf(spec, process.stage).image;
+    pods.push_back(Pod(pipeline, size, process, !own.empty() ? own : process.role == Role::kHead ? images.head : images.stage, group));
+  }
   return pods;
 }
 
 json Child(const api::QwenPipeline& pipeline, const char* version, const char* kind, const std::string& name, json spec) {
-  return {{"apiVersion", version}, {"kind", kind}, {"metadata", Metadata(pipeline, name)}, {"spec", std::move(spec)}};
+  return {{"apiVersion", version}, {"kind", kind}, {"metadata", ChildMetadata(pipeline, name)}, {"spec", std::move(spec)}};
 }
 
 json Matching(const api::QwenPipeline& pipeline) { return {{"matchLabels", {{S(contract::kLabelPipeline), pipeline.metadata.name}}}}; }
@@ -190,6 +173,37 @@ const json& At(const json& object, const char* key) {
 
 }  // namespace
 
+// FNV-1a: against accidents, not against anybody.
+std::string Hash(const std::string& text) {
+  uint64_t hash = 0xcbf29ce484222325;
+  for (const unsigned char c : text) hash = (hash ^ c) * 0x100000001b3;
+  std::array<char, 17> hex;
+  std::snprintf(hex.data(), hex.size(), "%016llx", static_cast<unsigned long long>(hash));
+  return hex.data();
+}
+
+json ChildMetadata(const api::QwenPipeline& pipeline, const std::string& name) {
+  return {{"name", name},
+          {"namespace", pipeline.metadata.namespace_name},
+          {"labels", Labels(pipeline)},
+          {"ownerReferences",
+           {{{"apiVersion", S(contract::kApiVersion)}, {"kind", S(contract::kKind)}, {"name", pipeline.metadata.name}, {"uid", pipeline.metadata.uid},
+             {"controller", true}, {"blockOwnerDeletion", true}}}}};
+}
+
+json PodSecurity() {
+  return {{"runAsNonRoot", true}, {"runAsUser", kUser}, {"runAsGroup", kUser}, {"fsGroup", kUser}, {"seccompProfile", {{"type", "RuntimeDefault"}}}};
+}
+
+json ContainerSecurity() {
+  return {{"allowPrivilegeEscalation", false}, {"readOnlyRootFilesystem", true}, {"capabilities", {{"drop", {"ALL"}}}}};
+}
+
+json ModelVolume(const api::ModelSource& source) {
+  if (source.claim) return {{"name", "model"}, {"persistentVolumeClaim", {{"claimName", source.claim->claim_name}, {"readOnly", true}}}};
+  return {{"name", "model"}, {"hostPath", {{"path", *source.path}, {"type", "Directory"}}}};
+}
+
 std::string PodName(const api::QwenPipeline& pipeline, int32_t replica, int32_t stage, int64_t epoch) {
   const std::string member = stage < 0 ? "head" : "stage-" + std::to_string(stage);
   return pipeline.metadata.name + "-" + std::to_string(replica) + "-" + member + "-" + std::to_string(epoch);
@@ -208,7 +222,7 @@ Result<std::vector<json>> GroupPods(const api::QwenPipeline& pipeline, const Ima
 Result<std::string> Revision(const api::QwenPipeline& pipeline, const Images& images) {
   ASSIGN_OR_RETURN(const std::vector<json> pods, UnstampedPods(pipeline, images, {}));
   std::string text;
-  for (const json& pod : pods) text += pod.at("spec").dump();
+  for (const json& pod : pods) text += pod.at("spec").dump() + At(pod.at("metadata"), "annotations").dump() + At(pod.at("metadata"), "labels").dump();
   return Hash(text);
 }
 
@@ -245,7 +259,7 @@ std::string Fingerprint(const json& child) {
 }
 
 json HandshakeSecret(const api::QwenPipeline& pipeline, const std::string& value) {
-  return {{"apiVersion", "v1"}, {"kind", "Secret"}, {"metadata", Metadata(pipeline, SecretName(pipeline))}, {"type", "Opaque"}, {"immutable", true},
+  return {{"apiVersion", "v1"}, {"kind", "Secret"}, {"metadata", ChildMetadata(pipeline, SecretName(pipeline))}, {"type", "Opaque"}, {"immutable", true},
           {"stringData", {{S(contract::kSecretKey), value}}}};
 }
 

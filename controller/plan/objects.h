@@ -23,7 +23,15 @@ namespace qwen::plan {
 struct Images {
   std::string head;
   std::string stage;
+  std::string exporter;  // of spec.weights.mode Export; empty: none
 };
+
+// Shared by everything that the operator makes for a pipeline.
+nlohmann::json ChildMetadata(const api::QwenPipeline& pipeline, const std::string& name);  // name, labels, owner
+nlohmann::json PodSecurity();        // what the restricted standard asks of a pod
+nlohmann::json ContainerSecurity();  // and of its containers
+nlohmann::json ModelVolume(const api::ModelSource& source);  // named "model"
+std::string Hash(const std::string& text);  // 16 digits, against accidents, not against anybody
 
 std::string PodName(const api::QwenPipeline& pipeline, int32_t replica, int32_t stage, int64_t epoch);  // stage -1: the head
 std::string ApiServiceName(const api::QwenPipeline& pipeline);

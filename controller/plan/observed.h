@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -25,6 +26,8 @@ struct ObservedPod {
   std::string revision;
   PodPhase phase = PodPhase::kPending;
   bool ready = false;
+  int64_t ready_changed_seconds = 0;  // when `ready` last changed; 0: never said
+  int64_t started_seconds = 0;        // its container; 0: it does not run
   bool deleting = false;
   int64_t gone_by_seconds = 0;  // when deleting: the end of its grace period
   bool unschedulable = false;
@@ -40,12 +43,19 @@ struct ObservedPod {
   bool serving() const { return ready && !deleting && node_state == NodeState::kFine; }
 };
 
+struct ObservedJob {
+  bool complete = false, failed = false;
+  std::string message;  // of its failure
+};
+
 struct Observed {
   api::QwenPipeline pipeline;
   int64_t generation = 0;
   api::PipelineStatus previous;
   std::vector<ObservedPod> pods;                // owned by the pipeline, in any order
   std::map<std::string, std::string> children;  // "Kind/name" -> Fingerprint (objects.h) of what stands there
+  std::set<std::string> claims;                  // that the operator made, for weights
+  std::map<std::string, ObservedJob> jobs;       // that fill them
   bool has_secret = false;
   bool has_finalizer = false;
   bool deleting = false;    // the pipeline

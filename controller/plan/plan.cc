@@ -4,7 +4,9 @@
 #include <map>
 
 #include "controller/plan/group.h"
+#include "controller/plan/scheduling.h"
 #include "controller/plan/status.h"
+#include "controller/plan/weights.h"
 
 namespace qwen::plan {
 namespace {
@@ -39,10 +41,12 @@ void Tell(const Observed& observed, const GroupPlan& group, Actions& actions) {
   const std::string replica = group.record ? std::to_string(group.record->replica) : "";
   if (!group.failure.empty()) {
     const bool failed = group.record->phase == api::GroupPhase::kFailed;
-    actions.notices.push_back({true, failed ? "GroupFailed" : "GroupLost", failed ? "GiveUp" : "RestartGroup", "replica " + replica + ": " + group.failure});
+    const char* reason = group.rollout_failed ? "RolloutFailed" : failed ? "GroupFailed" : "GroupLost";
+    const char* action = group.rollout_failed ? "KeepOldRevision" : failed ? "GiveUp" : "RestartGroup";
+    actions.notices.push_back({true, reason, action, "replica " + replica + ": " + group.failure});
   }
   if (group.record && !group.create.empty() && group.create.size() == static_cast<size_t>(observed.pipeline.spec.stages.size()) + 1)
-    actions.notices.push_back({false, "GroupCreated", "CreatePods", "replica " + replica + " begins under epoch " + std::to_string(group.record->epoch)});
+    actions.notices.push_back({false, "GroupCreated", "CreatePods", "replica " + replica + " begins under epoch " + std::to_string(group.create_epoch)});
 }
 
 // What runs goes on running: an edit that cannot be carried out is no reason to stop serving.
@@ -69,7 +73,8 @@ Actions Retire(const Observed& observed, int64_t now_seconds) {
   bool empty = true;
   for (const auto& [index, replica] : Replicas(observed, 0)) {
     // No revision: of the group as it is, whatever the spec says by now.
-    groups.push_back(PlanGroup(observed.pipeline, {.replica = index, .wanted = false, .leaving = "Deleting", .now_seconds = now_seconds, .record = replica.record,
+    groups.push_back(PlanGroup(observed.pipeline, {.replica = index, .wanted = false, .leaving = "Deleting", .known_epoch = observed.previous.epoch,
+                                                   .now_seconds = now_seconds, .record = replica.record,
                                                    .pods = replica.pods}));
     // Kubernetes has been told to delete these; a node that does not answer must not keep the pipeline's object.
     const auto stuck = [](const ObservedPod* pod) { return pod->deleting && pod->node_state != NodeState::kFine; };
@@ -79,6 +84,13 @@ Actions Retire(const Observed& observed, int64_t now_seconds) {
   actions.remove_finalizer = empty;
   if (!empty) actions.status = MakeStatus(observed, groups, "", now_seconds);
   return actions;
+}
+
+void AddPodGroups(const Observed& observed, Actions& actions) {
+  for (const ObservedPod& pod : observed.pods) {
+    if (pod.stage >= 0 || pod.deleting) continue;
+    if (auto group = PodGroup(observed.pipeline, {.replica = pod.replica, .epoch = pod.epoch}, pod.name, pod.uid)) actions.pod_groups.push_back(std::move(*group));
+  }
 }
 
 void PlanChildren(const Observed& observed, Actions& actions) {
@@ -105,6 +117,8 @@ Actions MakePlan(const Observed& observed, const Images& images, int64_t now_sec
   actions.add_finalizer = !observed.has_finalizer;
   actions.create_secret = !observed.has_secret;
   PlanChildren(observed, actions);
+  WeightsPlan weights = PlanWeights(observed, images);
+  actions.create_weights = std::move(weights.create);
   const int32_t wanted = spec.suspend ? 0 : spec.replicas;
   const std::map<int32_t, Replica> replicas = Replicas(observed, wanted);
   int64_t epoch = observed.previous.epoch;  // one counter for all replicas: an epoch never comes back, not even after scaling down
@@ -114,22 +128,24 @@ Actions MakePlan(const Observed& observed, const Images& images, int64_t now_sec
 
   std::vector<GroupPlan> groups;
   for (const auto& [index, replica] : replicas) {
-    GroupInput input{.replica = index, .wanted = index < wanted, .may_roll = all_serve, .spec_changed = observed.generation != observed.previous.observed_generation,
-                     .revision = *revision, .next_epoch = epoch + 1, .now_seconds = now_seconds, .record = replica.record, .pods = replica.pods};
+    GroupInput input{.replica = index, .wanted = index < wanted, .may_begin = weights.ready, .may_roll = all_serve, .spec_changed = observed.generation != observed.previous.observed_generation,
+                     .revision = *revision, .next_epoch = epoch + 1, .known_epoch = observed.previous.epoch,
+                     .now_seconds = now_seconds, .record = replica.record, .pods = replica.pods};
     const bool outdated = replica.record && replica.record->revision != *revision;
     if (outdated && all_serve && input.wanted) all_serve = false;  // this one's turn; the next waits until it serves again
     GroupPlan group = PlanGroup(observed.pipeline, input);
-    if (group.record) epoch = std::max(epoch, group.record->epoch);
+    if (group.record) epoch = std::max({epoch, group.record->epoch, group.create_epoch});
     Remove(group, actions);
     if (!group.create.empty()) {
-      Result<std::vector<nlohmann::json>> pods = GroupPods(observed.pipeline, images, {.replica = index, .epoch = group.record->epoch});
+      Result<std::vector<nlohmann::json>> pods = GroupPods(observed.pipeline, images, {.replica = index, .epoch = group.create_epoch});
       QP_CHECK(pods.ok()) << pods.status().ToString();  // Revision made them before
       for (const int32_t stage : group.create) actions.create_pods.push_back(std::move((*pods)[static_cast<size_t>(stage + 1)]));
     }
     Tell(observed, group, actions);
     groups.push_back(std::move(group));
   }
-  actions.status = MakeStatus(observed, groups, "", now_seconds);
+  AddPodGroups(observed, actions);
+  actions.status = MakeStatus(observed, groups, "", now_seconds, &weights);
   return actions;
 }
 

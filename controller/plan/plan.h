@@ -29,15 +29,17 @@ struct Actions {
   bool add_finalizer = false;  // before anything is made
   bool create_secret = false;
   std::vector<nlohmann::json> apply;           // children, by server-side apply
+  std::vector<nlohmann::json> create_weights;  // claims and Jobs
   std::vector<std::string> delete_children;    // "Kind/name": children that the spec no longer wants
   std::vector<PodRef> delete_pods;
   std::vector<nlohmann::json> create_pods;
   bool remove_finalizer = false;  // nothing is left to wait for
+  std::vector<nlohmann::json> pod_groups;  // that should be there (scheduling.h): whoever acts remembers what it applied
   std::vector<Notice> notices;
   std::optional<int64_t> wake_seconds;  // absolute, as `now_seconds`
 
   size_t writes(const Observed& observed) const {
-    return (status != observed.previous) + add_finalizer + create_secret + apply.size() + delete_children.size() + delete_pods.size() + create_pods.size() +
+    return (status != observed.previous) + add_finalizer + create_secret + apply.size() + delete_children.size() + create_weights.size() + delete_pods.size() + create_pods.size() +
            remove_finalizer;
   }
 };

@@ -85,7 +85,7 @@ Result<PipelineSize> SizePipeline(const api::Spec& spec, const contract::ModelSh
 
 Result<PipelineSize> UnsizedPipeline(const api::Spec& spec) {
   if (spec.stages.count && spec.stages.balance != contract::BalancePolicy::kTime)
-    return InvalidArgumentError("spec.stages.balance: in a cluster only Time shares out a count; give stages.list its layers for anything else");
+    return InvalidArgumentError("spec.stages.balance: in a cluster only Time shares out a count; name model.shape, or give stages.list its layers");
   PipelineSize size;
   size.block_tokens = spec.engine.block_tokens;
   size.max_model_len = spec.model.max_model_len.value_or(0);
@@ -94,6 +94,38 @@ Result<PipelineSize> UnsizedPipeline(const api::Spec& spec) {
   if (spec.engine.kv_cache_tokens) size.kv_blocks = BlocksOf(*spec.engine.kv_cache_tokens, size.block_tokens);
   if (size.kv_blocks > INT32_MAX) return InvalidArgumentError("spec.engine.kvCacheTokens: more than 2^31 blocks");
   return size;
+}
+
+Result<PipelineSize> ClusterSize(const api::Spec& spec) {
+  if (spec.model.shape.empty()) {
+    if (spec.stages.gpu_memory_gb) return InvalidArgumentError("spec.stages.gpuMemoryGB: needs spec.model.shape, because the operator does not read the checkpoint");
+    return UnsizedPipeline(spec);
+  }
+  const Result<contract::ModelShape> shape = contract::NamedModelShape(spec.model.shape);
+  if (!shape.ok()) return InvalidArgumentError("spec.model.shape: " + shape.status().message());
+  std::optional<int64_t> memory;
+  if (spec.stages.gpu_memory_gb) memory = int64_t{*spec.stages.gpu_memory_gb} * 1'000'000'000 * spec.stages.gpus_per_stage;
+  ASSIGN_OR_RETURN(PipelineSize size, SizePipeline(spec, *shape, memory));
+  for (size_t k = 0; k < size.stages.size(); ++k) {
+    const StageSize& stage = size.stages[k];
+    if (!stage.fits)
+      return InvalidArgumentError("spec.stages: stage " + std::to_string(k) + " of " + std::to_string(size.stages.size()) + " (layers " + ToString(stage.layers) +
+                                  ") does not fit: weights and work are " + std::to_string((stage.weights.total() + stage.work_bytes) / 1'000'000'000) +
+                                  " GB and one sequence of maxModelLen must fit beside them; a stage has " + std::to_string(*memory / 1'000'000'000) + " GB");
+  }
+  if (spec.engine.device == api::Device::kCuda && !spec.engine.kv_cache_tokens) size.kv_blocks = 0;  // each stage measures what is left
+  return size;
+}
+
+int64_t StartupSeconds(const api::Spec& spec) {
+  constexpr int64_t kBase = 600, kUnknown = 7200;
+  if (spec.restart.startup_timeout_seconds) return *spec.restart.startup_timeout_seconds;
+  if (spec.model.shape.empty()) return kUnknown;
+  const Result<PipelineSize> size = ClusterSize(spec);
+  if (!size.ok()) return kUnknown;
+  int64_t largest = 0;
+  for (const StageSize& stage : size->stages) largest = std::max(largest, stage.weights.total());
+  return kBase + largest / kSlowVolumeBytesPerSecond;
 }
 
 }  // namespace qwen::plan

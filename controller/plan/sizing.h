@@ -56,4 +56,12 @@ Result<PipelineSize> SizePipeline(const api::Spec& spec, const contract::ModelSh
 // what fits. kInvalidArgument names what only somebody who sees the checkpoint could share out.
 Result<PipelineSize> UnsizedPipeline(const api::Spec& spec);
 
+// As the operator sees it: sized when spec.model.shape names a released model, and then refused when a stage does not fit into
+// spec.stages.gpuMemoryGB; else unsized.
+Result<PipelineSize> ClusterSize(const api::Spec& spec);
+// From a container's start to ready: spec.restart.startupTimeoutSeconds; else ten minutes and what the largest shard takes at
+// kSlowVolumeBytesPerSecond; two hours when nobody knows its size.
+inline constexpr int64_t kSlowVolumeBytesPerSecond = 50'000'000;
+int64_t StartupSeconds(const api::Spec& spec);
+
 }  // namespace qwen::plan

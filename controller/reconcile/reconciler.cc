@@ -75,6 +75,8 @@ Reconciler::Reconciler(kube::Transport& transport, kube::Client& client, kube::E
       services_{{Watching(resources::kServices, options_.namespace_name, true), DecodeChild}, {}},
       policies_{{Watching(resources::kNetworkPolicies, options_.namespace_name, true), DecodeChild}, {}},
       budgets_{{Watching(resources::kPodDisruptionBudgets, options_.namespace_name, true), DecodeChild}, {}},
+      claims_{{Watching(resources::kPersistentVolumeClaims, options_.namespace_name, true), DecodeClaim}, {}},
+      jobs_{{Watching(resources::kJobs, options_.namespace_name, true), DecodeJob}, {}},
       secrets_{{Watching(resources::kSecrets, options_.namespace_name, true), DecodeSecret}, {}},
       nodes_({.resource = resources::kNodes}, DecodeNode) {
   const auto enqueue = [this](const ObjectKey& key, bool initial) {
@@ -93,6 +95,8 @@ Reconciler::Reconciler(kube::Transport& transport, kube::Client& client, kube::E
   watch_children(services_);
   watch_children(policies_);
   watch_children(budgets_);
+  watch_children(claims_);
+  watch_children(jobs_);
   watch_children(secrets_);
   if (options_.watch_nodes) WatchNodes();
 }
@@ -124,6 +128,8 @@ void Reconciler::ForEachStore(const Each& each) {
   each(services_);
   each(policies_);
   each(budgets_);
+  each(claims_);
+  each(jobs_);
   each(secrets_);
 }
 
@@ -200,6 +206,9 @@ plan::Observed Reconciler::Observe(const PipelineView& view, const ObjectKey& ke
   look(services_, resources::kServices.kind.c_str());
   look(policies_, resources::kNetworkPolicies.kind.c_str());
   look(budgets_, resources::kPodDisruptionBudgets.kind.c_str());
+  for (const auto& claim : claims_.informer.store().ByIndex(kByOwner, view.meta.uid)) observed.claims.insert(claim->meta.key.name);
+  for (const auto& job : jobs_.informer.store().ByIndex(kByOwner, view.meta.uid))
+    if (!job->meta.deleting) observed.jobs[job->meta.key.name] = job->job;
   for (const auto& secret : secrets_.informer.store().ByIndex(kByOwner, view.meta.uid))
     observed.has_secret |= secret->meta.key.name == plan::SecretName(observed.pipeline);
   std::lock_guard<std::mutex> lock(mutex_);
@@ -213,6 +222,7 @@ Result<kube::Requeue> Reconciler::Reconcile(const ObjectKey& key) {
     ForEachStore([&](auto& store) { store.expectations.Forget(key); });
     std::lock_guard<std::mutex> lock(mutex_);
     refusals_.erase(key);
+    pod_groups_.erase(key);
     return kube::Requeue{};
   }
   if (!UpToDate(key)) return kube::Requeue{1'000'000};  // the event that completes it comes sooner
@@ -291,6 +301,11 @@ bool Reconciler::WriteAll(const PipelineView& view, const ObjectKey& key, plan::
     const Answer answer = client_.Apply(ResourceOf(name), child);
     if (judge(answer, name)) OfKind(name).expectations.Wrote(key, version(answer), now);
   }
+  for (const Json& object : actions.create_weights) {
+    const bool job = object.at("kind") == resources::kJobs.kind;
+    const Answer answer = client_.Create(job ? resources::kJobs : resources::kPersistentVolumeClaims, object);
+    if (!answer.AlreadyExists() && judge(answer, plan::ChildName(object))) (job ? jobs_.expectations : claims_.expectations).Wrote(key, version(answer), now);
+  }
   for (const std::string& name : actions.delete_children) {
     const Answer answer = client_.Delete(ResourceOf(name), {key.namespace_name, name.substr(name.find('/') + 1)});
     if (!answer.NotFound() && judge(answer, name)) OfKind(name).expectations.Wrote(key, version(answer), now);
@@ -309,7 +324,32 @@ bool Reconciler::WriteAll(const PipelineView& view, const ObjectKey& key, plan::
     if (answer.AlreadyExists()) return;
     if (judge(answer, "pod " + kube::KeyOf(actions.create_pods[i]).name)) pods_.expectations.Wrote(key, version(answer), now);
   });
+  ApplyPodGroups(key, actions.pod_groups, refusal, error);
   return refusal->empty() && error->ok();
+}
+
+void Reconciler::ApplyPodGroups(const ObjectKey& key, const std::vector<Json>& groups, std::string* refusal, Status* error) {
+  if (groups.empty()) return;
+  std::set<std::string> known, wanted;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    known = pod_groups_[key];
+  }
+  for (const Json& group : groups) {
+    const std::string text = group.dump();
+    if (!known.contains(text)) {
+      const bool volcano = group.at("apiVersion") == resources::kVolcanoPodGroups.api_version();
+      const Answer answer = client_.Apply(volcano ? resources::kVolcanoPodGroups : resources::kCoschedulingPodGroups, group);
+      if (answer.NotFound()) {
+        if (refusal->empty()) *refusal = plan::ChildName(group) + ": the cluster has no " + group.at("apiVersion").get<std::string>() + " (" + answer.message + ")";
+        continue;
+      }
+      if (!Judge(answer, plan::ChildName(group), refusal, error)) continue;
+    }
+    wanted.insert(text);
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  pod_groups_[key] = std::move(wanted);
 }
 
 }  // namespace qwen::reconcile

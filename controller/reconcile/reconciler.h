@@ -10,7 +10,9 @@
 #include <chrono>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
+#include <vector>
 
 #include "controller/kube/client.h"
 #include "controller/kube/controller.h"
@@ -59,6 +61,7 @@ class Reconciler {
   template <typename Each>
   void ForEachStore(const Each& each);  // of pipelines and what they own
   bool WriteFinalizer(const PipelineView& view, const kube::ObjectKey& key, bool present, const kube::Json& newest, std::string* refusal, Status* error);
+  void ApplyPodGroups(const kube::ObjectKey& key, const std::vector<kube::Json>& groups, std::string* refusal, Status* error);
   bool WriteAll(const PipelineView& view, const kube::ObjectKey& key, plan::Actions& actions, std::string* refusal, Status* error);
 
   kube::Transport& transport_;
@@ -69,10 +72,15 @@ class Reconciler {
   const Options options_;
   std::mutex mutex_;
   std::map<kube::ObjectKey, std::string> refusals_;  // guarded by mutex_; of the last writes of a pipeline
+  // Guarded by mutex_. Nobody watches PodGroups, whose definition a cluster may lack: each is applied once, and once more by the
+  // next process, which changes nothing.
+  std::map<kube::ObjectKey, std::set<std::string>> pod_groups_;
   kube::Controller controller_;
   Children<PipelineView> pipelines_;
   Children<PodView> pods_;
   Children<ChildView> services_, policies_, budgets_;
+  Children<ClaimView> claims_;
+  Children<JobView> jobs_;
   Children<SecretView> secrets_;
   kube::Informer<NodeView> nodes_;
   std::atomic<int64_t> fine_nodes_{0};

@@ -1,5 +1,6 @@
 #include "controller/reconcile/views.h"
 
+#include <algorithm>
 #include <charconv>
 #include <nlohmann/json.hpp>
 
@@ -24,6 +25,12 @@ int64_t Number(const kube::ObjectMeta& meta, std::string_view label, int64_t fal
   return parsed.ec == std::errc() && parsed.ptr == text.data() + text.size() ? value : fallback;
 }
 
+// 0: no time.
+int64_t Seconds(const std::string& time) {
+  const auto micros = kube::ParseTime(time);
+  return micros.ok() ? *micros / 1'000'000 : 0;
+}
+
 // Our pods have one container; a mesh may have injected others, which count when they are what fails.
 void ReadContainers(const Json& object, plan::ObservedPod& pod) {
   const Json* containers = FindAt(object, "/status/containerStatuses");
@@ -33,6 +40,7 @@ void ReadContainers(const Json& object, plan::ObservedPod& pod) {
       pod.waiting_reason = StringAt(*waiting, "/reason");
       pod.message = StringAt(*waiting, "/message");
     }
+    pod.started_seconds = std::max(pod.started_seconds, Seconds(StringAt(container, "/state/running/startedAt")));
     const Json* ended = FindAt(container, "/state/terminated");
     if (ended == nullptr) ended = FindAt(container, "/lastState/terminated");
     if (ended == nullptr || (pod.exit_code && *pod.exit_code != 0)) continue;
@@ -47,7 +55,10 @@ void ReadConditions(const Json& object, plan::ObservedPod& pod) {
   for (const Json& condition : *conditions) {
     const bool value = StringAt(condition, "/status") == "True";
     const std::string type = StringAt(condition, "/type");
-    if (type == "Ready") pod.ready = value;
+    if (type == "Ready") {
+      pod.ready = value;
+      pod.ready_changed_seconds = Seconds(StringAt(condition, "/lastTransitionTime"));
+    }
     if (type == "PodScheduled" && !value && StringAt(condition, "/reason") == "Unschedulable") {
       pod.unschedulable = true;
       pod.message = StringAt(condition, "/message");
@@ -78,7 +89,7 @@ PodView DecodePod(const Json& object) {
   if (revision != view.meta.labels.end()) pod.revision = revision->second;
   pod.deleting = view.meta.deleting;
   pod.node = StringAt(object, "/spec/nodeName");
-  if (const auto gone_by = kube::ParseTime(StringAt(object, "/metadata/deletionTimestamp")); gone_by.ok()) pod.gone_by_seconds = *gone_by / 1'000'000;
+  pod.gone_by_seconds = Seconds(StringAt(object, "/metadata/deletionTimestamp"));
   const std::string phase = StringAt(object, "/status/phase");
   pod.phase = phase == "Running" ? plan::PodPhase::kRunning : phase == "Failed" || phase == "Succeeded" ? plan::PodPhase::kEnded : plan::PodPhase::kPending;
   ReadConditions(object, pod);
@@ -93,6 +104,24 @@ PodView DecodePod(const Json& object) {
 ChildView DecodeChild(const Json& object) { return {.meta = kube::ParseMeta(object), .fingerprint = plan::Fingerprint(object)}; }
 
 SecretView DecodeSecret(const Json& object) { return {.meta = kube::ParseMeta(object)}; }
+
+ClaimView DecodeClaim(const Json& object) { return {.meta = kube::ParseMeta(object)}; }
+
+JobView DecodeJob(const Json& object) {
+  JobView view{.meta = kube::ParseMeta(object)};
+  const Json* conditions = FindAt(object, "/status/conditions");
+  if (conditions == nullptr || !conditions->is_array()) return view;
+  for (const Json& condition : *conditions) {
+    if (StringAt(condition, "/status") != "True") continue;
+    const std::string type = StringAt(condition, "/type");
+    view.job.complete |= type == "Complete";
+    if (type == "Failed") {
+      view.job.failed = true;
+      view.job.message = StringAt(condition, "/message");
+    }
+  }
+  return view;
+}
 
 NodeView DecodeNode(const Json& object) {
   NodeView view;

@@ -30,6 +30,13 @@ struct SecretView {  // never the content
   kube::ObjectMeta meta;
 };
 
+struct ClaimView {
+  kube::ObjectMeta meta;
+};
+struct JobView {
+  kube::ObjectMeta meta;
+  plan::ObservedJob job;
+};
 struct NodeView {  // a few of the 10 kB that a Node has
   kube::ObjectMeta meta;
   plan::NodeState state = plan::NodeState::kFine;
@@ -40,6 +47,8 @@ PipelineView DecodePipeline(const kube::Json& object);
 PodView DecodePod(const kube::Json& object);
 ChildView DecodeChild(const kube::Json& object);
 SecretView DecodeSecret(const kube::Json& object);
+ClaimView DecodeClaim(const kube::Json& object);
+JobView DecodeJob(const kube::Json& object);
 NodeView DecodeNode(const kube::Json& object);
 
 }  // namespace qwen::reconcile

@@ -5,7 +5,7 @@ The controller is a process that this test starts, kills and stops; the kubelets
 an annotation says (kube/fakelet.go) or, while they are frozen, what this test writes into its status. Prints a line per check
 with the time it took, and fails if any fails.
 
-usage: operator_test.py QWEN_CONTROLLER
+usage: operator_test.py QWEN_CONTROLLER [QWENCTL]
 """
 import json
 import os
@@ -237,6 +237,23 @@ class Suite:
         reasons = [e["reason"] for e in events if e.get("regarding", {}).get("name") == "digits"]
         self.check("events tell the story", reasons.count("GroupLost") == 2 and reasons.count("GroupCreated") == 3, reasons)
 
+    def terminal(self, qwenctl):
+        def run(*args):
+            done = subprocess.run([qwenctl, *args, "--kubeconfig", str(self.cluster.dir / "admin.kubeconfig")], capture_output=True, text=True, timeout=30)
+            return done.returncode, done.stdout + done.stderr
+        code, text = run("status")
+        self.check("qwenctl status lists the pipelines", code == 0 and re.search(r"digits +True +AllReplicasReady +4/4", text), text)
+        code, text = run("status", "digits")
+        self.check("and tells of one its conditions and pods", code == 0 and "Ready=True  AllReplicasReady: 1 of 1 replica serves" in text
+                   and re.search(r"digits-0-stage-3-1 +fake-\d+ +ready", text), text)
+        code, text = run("diff", "digits", "--image-head", "test/head:1", "--image-stage", "test/stage:1")
+        self.check("qwenctl diff of a pipeline at rest: nothing", code == 0 and text.endswith("nothing to do\n"), text)
+        code, text = run("diff", "digits", "--image-head", "test/head:1", "--image-stage", "test/stage:2")
+        self.check("with another image: the pods that would be made", code == 0 and "+ Pod/digits-0-stage-3-2\n" in text and 'image: "test/stage:2"' in text, text)
+        self.check("and nothing was done", sorted(self.pods("digits")) == ["digits-0-head-1"] + [f"digits-0-stage-{k}-1" for k in range(4)])
+        code, text = run("status", "nobody")
+        self.check("of none it says so", code == 1 and '"nobody" not found' in text, text)
+
     def image_pull(self):
         self.cluster.signal("fakelet", signal.SIGSTOP)
         self.make("broken", 1)
@@ -278,14 +295,51 @@ class Suite:
         self.within("an event says so", 5, lambda: "InvalidSpec" in [e["reason"] for e in self.must("GET", "/apis/events.k8s.io/v1/namespaces/default/events")["items"]
                                                                     if e.get("regarding", {}).get("name") == "even"], lambda: events)
 
+    def surge(self):
+        self.spec("even", stages={"count": 1, "balance": "Time", "template": {"image": "test/stage:2"}})
+        self.within("another image: a new group beside the old one, which then goes", 15,
+                    lambda: self.ready("even") and sorted(self.pods("even")) == ["even-0-head-2", "even-0-stage-0-2"], lambda: (self.names("even"), self.condition("even")))
+        self.check("with that image", self.pods("even")["even-0-stage-0-2"]["spec"]["containers"][0]["image"] == "test/stage:2")
+        self.spec("even", stages={"count": 1, "balance": "Time", "template": {"image": "test/stage:3", "nodeSelector": {"no": "where"}}},
+                  rollout={"surgeTimeoutSeconds": 3600})
+        self.within("a new group that finds no node is named", 5, lambda: self.condition("even")["reason"] == "Unschedulable", lambda: self.condition("even"))
+        ready = [n for n, pod in self.pods("even").items() if any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", []))]
+        self.check("while the old one serves", sorted(ready)[0] == "even-0-head-2" and "even-0-stage-0-2" in ready, ready)
+        self.spec("even", rollout={"surgeTimeoutSeconds": 0})
+        self.within("and gives way when it has waited long enough", 10, lambda: self.names("even") == ["even-0-head-4", "even-0-stage-0-4"], lambda: self.names("even"))
+        self.spec("even", stages={"count": 1, "template": {"image": "test/stage:3", "nodeSelector": None}})
+        self.within("what never served is replaced at once", 10, lambda: self.ready("even") and len(self.pods("even")) == 2, lambda: self.condition("even"))
+
+    def gang(self):
+        self.must("POST", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", {
+            "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition", "metadata": {"name": "podgroups.scheduling.x-k8s.io",
+                "annotations": {"api-approved.kubernetes.io": "https://github.com/kubernetes-sigs/scheduler-plugins/pull/50"}},
+            "spec": {"group": "scheduling.x-k8s.io", "scope": "Namespaced", "names": {"kind": "PodGroup", "plural": "podgroups", "singular": "podgroup"},
+                     "versions": [{"name": "v1alpha1", "served": True, "storage": True,
+                                   "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}}]}})
+        groups = "/apis/scheduling.x-k8s.io/v1alpha1/namespaces/default/podgroups"
+        self.within("a definition of PodGroups is there", 20, lambda: self.call("GET", groups)[0] == 200)
+        self.make("gang", 2, scheduling={"gang": "Coscheduling", "schedulerName": "default-scheduler", "topologyKey": "kubernetes.io/hostname", "topologyPolicy": "Required"})
+        self.within("a gang serves", 20, lambda: self.ready("gang"), lambda: self.condition("gang"))
+        self.check("on one node, as its topology says", len({pod["spec"]["nodeName"] for pod in self.pods("gang").values()}) == 1, self.names("gang"))
+        self.within("with a PodGroup of its size", 5, lambda: self.call("GET", groups + "/gang-0-1")[1].get("spec") == {"minMember": 3}, lambda: self.call("GET", groups))
+        self.make("other", 1, scheduling={"gang": "Volcano", "schedulerName": "default-scheduler"})
+        self.within("a gang scheduler that is not there is named", 5, lambda: self.condition("other", "Progressing")["reason"] == "WriteRefused" and
+                    "scheduling.volcano.sh" in self.condition("other", "Progressing")["message"], lambda: self.condition("other", "Progressing"))
+        for name in ("gang", "other"):
+            self.remove(name)
+        self.within("both go, and the PodGroup with its head", 40, lambda: not self.left("gang") and not self.left("other") and not self.must("GET", groups)["items"],
+                    lambda: (self.left("gang"), self.left("other")))
+
     def drain(self):
         self.cluster.signal("fakelet", signal.SIGSTOP)  # nothing that is deleted ends
+        head, stage = self.names("even")
         self.remove("even")
-        self.within("a deleted pipeline: its head is told to end", 5, lambda: self.names("even") == ["even-0-stage-0-1"], lambda: self.names("even"))
+        self.within("a deleted pipeline: its head is told to end", 5, lambda: self.names("even") == [stage], lambda: self.names("even"))
         self.within("and the condition says what it waits for", 5, lambda: self.condition("even")["reason"] == "Deleting" and
-                    self.condition("even")["message"] == "pod even-0-head-1 finishes its requests", lambda: self.condition("even"))
+                    self.condition("even")["message"] == f"pod {head} finishes its requests", lambda: self.condition("even"))
         time.sleep(1)
-        self.check("the stage stays until the head is gone", self.names("even") == ["even-0-stage-0-1"] and "even" in self.left("even"), self.names("even"))
+        self.check("the stage stays until the head is gone", self.names("even") == [stage] and "even" in self.left("even"), self.names("even"))
         self.cluster.signal("fakelet", signal.SIGCONT)
         self.within("then everything goes, the pipeline last", 30, lambda: not self.left("even") and self.pipeline("even").get("code") == 404, lambda: self.left("even"))
 
@@ -346,8 +400,12 @@ class Suite:
         self.within("the controller is ready", 10, lambda: first.port() and self.http_ok(first, "/readyz"), lambda: first.log.read_text()[-2000:])
         self.creation(digits)
         self.rest(first)
+        for qwenctl in sys.argv[2:]:
+            self.terminal(qwenctl)
         self.repair()
         self.wrong_spec()
+        self.surge()
+        self.gang()
         self.drain()
         self.loss()
         self.crash_loop()

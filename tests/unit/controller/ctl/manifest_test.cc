@@ -41,7 +41,9 @@ void ApplyDefaults(const Json& schema, Json& value) {
 Json Manifest(const Json& spec) {
   return {{"apiVersion", "qwenpipeline.dev/v1alpha1"}, {"kind", "QwenPipeline"}, {"metadata", {{"name", "x"}}}, {"spec", spec}};
 }
-const Json kSpec = {{"model", {{"id", "m"}, {"source", {{"path", "/p"}}}}}, {"stages", {{"count", 2}}}};
+// With what some values ask for beside them.
+const Json kSpec = {{"model", {{"id", "m"}, {"source", {{"path", "/p"}}}}}, {"stages", {{"count", 2}}}, {"transport", {{"rdma", {{"resource", "rdma/hca"}}}}},
+                    {"scheduling", {{"queueName", "q"}}}, {"weights", {{"claimPrefix", "shard"}, {"size", "1Gi"}}}};
 
 void EachProperty(const Json& schema, const std::string& pointer, const std::function<void(const std::string&, const Json&)>& visit) {
   if (!schema.contains("properties")) return;
@@ -105,6 +107,11 @@ TEST(Crd, ItsFieldsAreTheOnesThatTheCodecKnows) {
   full["model"]["source"] = {{"persistentVolumeClaim", {{"claimName", "c"}, {"subPath", "s"}}}};
   full["model"]["maxModelLen"] = 5;
   full["stages"] = {{"list", {{{"name", "a"}, {"layers", {{"begin", 0}, {"end", 4}}}, {"env", {{{"name", "A"}, {"value", "b"}}}}}}}};
+  const Json pod = {{"image", "i"}, {"env", {{{"name", "A"}, {"value", "b"}}}}, {"resources", {{"limits", {{"cpu", 1}}}}}, {"nodeSelector", {{"a", "b"}}},
+                    {"tolerations", {{{"key", "k"}}}}, {"volumes", {{{"name", "v"}}}}, {"volumeMounts", {{{"name", "v"}, {"mountPath", "/v"}}}},
+                    {"imagePullSecrets", {{{"name", "r"}}}}, {"annotations", {{"a", "b"}}}, {"priorityClassName", "p"}};
+  full["head"] = full["stages"]["template"] = full["weights"]["template"] = pod;
+  full["stages"]["list"][0].update(pod);
   full["engine"] = {{"kvCacheTokens", 100}, {"threads", 2}};
   full["server"] = {{"apiKeys", {{"secretName", "s"}, {"file", "f"}}}, {"allowedImageHosts", {"h"}}};
   const auto parsed = api::ParsePipeline(Manifest(full).dump());
@@ -112,7 +119,7 @@ TEST(Crd, ItsFieldsAreTheOnesThatTheCodecKnows) {
   const std::function<void(const Json&, const Json&, const std::string&)> contained = [&](const Json& schema, const Json& value, const std::string& where) {
     if (value.is_array()) {
       for (const Json& item : value) contained(schema["items"], item, where + "[]");
-    } else if (value.is_object()) {
+    } else if (value.is_object() && schema.contains("properties")) {  // else a map of anybody's keys
       for (const auto& [key, item] : value.items()) {
         ASSERT_TRUE(schema["properties"].contains(key)) << where << "." << key;
         contained(schema["properties"][key], item, where + "." + key);

@@ -12,7 +12,7 @@ api::QwenPipeline Pipeline() {
   api::QwenPipeline pipeline;
   pipeline.metadata = {.name = "q", .namespace_name = "ns", .uid = "u-1"};
   pipeline.spec.model = {.id = "m", .source = {.claim = api::PersistentVolumeClaimSource{.claim_name = "weights", .sub_path = "a/b"}}};
-  pipeline.spec.stages.list = {{.name = "front", .layers = {0, 10}, .env = {{"X", "1"}}}, {.name = "back", .layers = {10, 20}}};
+  pipeline.spec.stages.list = {{.name = "front", .layers = {0, 10}, .pod = {.env = {{"X", "1"}}}}, {.name = "back", .layers = {10, 20}}};
   pipeline.spec.server.api_keys.secret_name = "keys";
   return pipeline;
 }

@@ -90,6 +90,36 @@ TEST(Sizing, DtypeAutoIsTheCheckpoints) {
   EXPECT_EQ(size->stages[0].kv_bytes_per_token, 4096LL * size->stages[0].layers.count());
 }
 
+TEST(Sizing, TheOperatorSizesAModelWhoseNameItKnows) {
+  api::Spec spec = SpecOf(4, contract::BalancePolicy::kEvenLayers);
+  EXPECT_NE(ClusterSize(spec).status().message().find("spec.stages.balance"), std::string::npos) << "it sees no checkpoint";
+  spec.model.shape = "Qwen3-VL-235B-A22B";
+  const auto size = ClusterSize(spec);
+  ASSERT_TRUE(size.ok()) << size.status().ToString();
+  EXPECT_EQ(ToString(size->stages[1].layers), "24:48");
+  EXPECT_EQ(size->kv_blocks, 0) << "each stage measures what is left";
+  spec.stages.gpu_memory_gb = 141;
+  EXPECT_TRUE(ClusterSize(spec).ok());
+  spec.stages.count = 3;
+  EXPECT_NE(ClusterSize(spec).status().message().find("spec.stages: stage 0 of 3 (layers 0:32) does not fit: weights and work are 16"), std::string::npos)
+      << ClusterSize(spec).status().message();
+  spec.model.shape = "Qwen9";
+  EXPECT_EQ(ClusterSize(spec).status().message().find("spec.model.shape: "), 0u);
+  spec.model.shape = "";
+  EXPECT_EQ(ClusterSize(spec).status().message().find("spec.stages.gpuMemoryGB: needs spec.model.shape"), 0u);
+}
+
+TEST(Sizing, StartUpTimeFollowsTheBytesOfTheLargestShard) {
+  api::Spec spec = SpecOf(4);
+  EXPECT_EQ(StartupSeconds(spec), 7200) << "nobody knows how much is loaded";
+  spec.model.shape = "Qwen3-VL-235B-A22B";  // 471 GB / 4 at 50 MB/s, and ten minutes
+  EXPECT_NEAR(static_cast<double>(StartupSeconds(spec)), 600 + 471e9 / 4 / 50e6, 60);
+  spec.model.shape = "Qwen3-VL-235B-A22B-FP8";
+  EXPECT_LT(StartupSeconds(spec), 600 + 260e9 / 4 / 50e6);
+  spec.restart.startup_timeout_seconds = 61;
+  EXPECT_EQ(StartupSeconds(spec), 61);
+}
+
 // ---- desired
 
 std::string Value(const Process& process, const std::string& flag) {
@@ -122,6 +152,8 @@ TEST(Desired, OneHeadAndItsStagesAgreeOnEverySharedSize) {
   EXPECT_EQ(Value(head, "--queue"), "1024");
   EXPECT_EQ(Value(head, "--allow-image-host"), "a,b");
   EXPECT_EQ(Value(head, "--api-keys-file"), "");
+  EXPECT_EQ(Value(head, "--stall-timeout"), "10");
+  EXPECT_EQ(Value((*processes)[1], "--stall-timeout"), "10");
   std::string layers, ports;
   for (int k = 0; k < 4; ++k) {
     const Process& stage = (*processes)[k + 1];
@@ -148,7 +180,7 @@ TEST(Desired, ListedStagesKeepTheirNamesLayersAndEnvironment) {
   api::QwenPipeline pipeline;
   pipeline.spec = SpecOf(1);
   pipeline.spec.stages.count.reset();
-  pipeline.spec.stages.list = {{.name = "front", .layers = {0, 50}, .env = {{"OMP_WAIT_POLICY", "passive"}}}, {.name = "back", .layers = {50, 94}}};
+  pipeline.spec.stages.list = {{.name = "front", .layers = {0, 50}, .pod = {.env = {{"OMP_WAIT_POLICY", "passive"}}}}, {.name = "back", .layers = {50, 94}}};
   pipeline.spec.engine.threads = 6;
   pipeline.spec.model.dtype = api::DtypeChoice::kBFloat16;
   const auto size = SizePipeline(pipeline.spec, Shape235B(), std::nullopt);
