@@ -12,6 +12,9 @@ void AddPlan(CLI::App& app, int& exit_code);
 void AddChat(CLI::App& app, int& exit_code);
 void AddInspect(CLI::App& app, int& exit_code);
 void AddBench(CLI::App& app, int& exit_code);
+void AddStatus(CLI::App& app, int& exit_code);
+void AddLogs(CLI::App& app, int& exit_code);
+void AddDiff(CLI::App& app, int& exit_code);
 
 // Prints "error: ..." on stderr; the exit code that suits the status (64 for bad input, else 1).
 int Report(const Status& status);

@@ -1,4 +1,5 @@
-// qwenctl — run a pipeline on this machine, plan one, talk to one, measure one, look into a checkpoint. Subcommands: one file each.
+// qwenctl — run a pipeline on this machine, plan one, talk to one, measure one, look into a checkpoint or a cluster. Subcommands: one
+// file each. As kubectl-qwenpipeline it is a plugin of kubectl.
 #include "controller/ctl/commands.h"
 
 int main(int argc, char** argv) {
@@ -11,6 +12,9 @@ int main(int argc, char** argv) {
   qwen::ctl::AddChat(app, exit_code);
   qwen::ctl::AddInspect(app, exit_code);
   qwen::ctl::AddBench(app, exit_code);
+  qwen::ctl::AddStatus(app, exit_code);
+  qwen::ctl::AddLogs(app, exit_code);
+  qwen::ctl::AddDiff(app, exit_code);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The chart without a cluster: lint, what it renders for several values against golden files, what its schema refuses, its CRD,
-its alerts (promtool) and its dashboard.
+its alerts (promtool), its dashboard, and docs/crd.md.
 
-  templates_test.py            --update rewrites golden/ from what is rendered: read the difference before it is committed
+  templates_test.py            --update rewrites golden/ and docs/crd.md from what is rendered: read the difference before it is committed
 """
 import copy
 import difflib
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+import crd_reference
 from helm_chart import CHART, CRD, MONITORING, Checks, documents, helm, run, template, tool
 from promql import expressions
 
@@ -138,6 +139,16 @@ def check_crd(checks, rendered):
         checks.that("a CRD whose metadata the template does not know is refused", status != 0 and "its metadata is not the name alone" in err, err)
 
 
+def check_reference(checks, update):
+    """docs/crd.md is what the CRD says, and every field of a spec says what it is."""
+    text = crd_reference.text()
+    if update:
+        crd_reference.DOCUMENT.write_text(text)
+    found = crd_reference.DOCUMENT.read_text() if crd_reference.DOCUMENT.exists() else ""
+    difference = "".join(difflib.unified_diff(found.splitlines(True), text.splitlines(True), str(crd_reference.DOCUMENT), "the CRD"))
+    checks.that("docs/crd.md is made from crds/qwenpipeline.yaml", not difference, difference)
+
+
 def check_alerts(checks, rendered):
     rules = yaml.safe_load((CHART / "alerts/rules.yaml").read_text())
     made = next(d for d in rendered["monitoring"] if d["kind"] == "PrometheusRule")
@@ -223,6 +234,7 @@ def main():
     checks.that("so does the longest release name", max(len(n) for n in long_release) <= 63, long_release)
 
     check_crd(checks, rendered)
+    check_reference(checks, "--update" in sys.argv[1:])
     check_alerts(checks, rendered)
     check_dashboard(checks, rendered)
     checks.that("docs/install.md installs and watches", list(check_documents(checks)).count("install.md") == 2)
