@@ -247,13 +247,12 @@ class Node:
 
     def kill(self):
         """Cuts its power, and waits until nothing of it is left but its disk."""
-        before = self.processes()
-        for pid in before[:1] or [self.cluster.pid(self.name)]:
-            if pid:
-                os.kill(pid, signal.SIGKILL)
+        before = {pid: self.cluster.birth(pid) for pid in self.processes()}
+        for pid in list(before)[:1]:
+            os.kill(pid, signal.SIGKILL)
         self.cluster.end(self.name)
         deadline = time.monotonic() + 20
-        while any(os.path.exists(f"/proc/{pid}/ns/net") and self.cluster.birth(pid) is not None for pid in before):
+        while any(born is not None and self.cluster.birth(pid) == born for pid, born in before.items()):
             if time.monotonic() > deadline:
                 raise OSError(f"{self.name} does not end")
             time.sleep(0.02)
