@@ -72,7 +72,7 @@ def files() -> dict[str, str]:
                      f"{number(row.get('bound'))} | {row['gpu']} | {row['date']} |")
     out = {}
     plots = [("gpu-decode-30b", "30B-A3B, bf16, one H200: decode, tokens/s", "sequences", series(rows, r"Qwen3-VL-30B-A3B\.decode\.B(\d+)\.context\d+")),
-             ("gpu-decode-235b", "235B-A22B, bf16, four H200s: decode over HTTP, tokens/s", "clients", series(rows, r"Qwen3-VL-235B-A22B\.stages4\.http\.clients(\d+)\.in\d+\.out64\.decode"))]
+             ("gpu-decode-235b", "235B-A22B, bf16, four H200s: decode over HTTP, tokens/s", "clients", series(rows, r"Qwen3-VL-235B-A22B\.stages4\.http\.clients(\d+)\.in\d+\.out129\.decode"))]
     lines.append("")
     for name, title, x_name, points in plots:
         if len(points) > 1:

@@ -3,11 +3,15 @@
 shape with generated weights. Used by tests/gpu/run; alone:
 
 usage: tests/gpu/serve.py --bin build/bin [--stages 1,2] [--shape Qwen3-VL-30B-A3B] [--load 1:1024:128,...] [--soak SECONDS]
-  --load   clients:prompt tokens:output tokens; every client sends one request, all at once
+  --load   clients:prompt tokens:output tokens; every client sends one request, all at once. With 1 output token a row `.prefill`:
+           prompt tokens a second, median of three; with 2 to 256 a row `.decode`: tokens after the first, over the time that a
+           run takes longer than one with a single output token (the shorter of two runs each); always `.total`, tokens in and
+           out a second of the last run, with time to first token and between tokens as the head's metrics have them
   --soak   then keeps 64 clients busy for so long (random lengths, a tenth of them hang up) and says whether memory stayed flat
 Prints JSON rows ({suite, case, unit, ours}); exit code 1 when an answer is wrong.
 """
 import argparse
+import itertools
 import json
 import random
 import re
@@ -26,8 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/parity"))
 import served  # noqa: E402
 
-# text_config of the released models (their config.json)
+# text_config of the released models (their config.json), and one so small that a CPU serves it: to test this script
 SHAPES = {
+    "tiny": dict(hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, moe_intermediate_size=128),
     "Qwen3-VL-30B-A3B": dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
                              moe_intermediate_size=768),
     "Qwen3-VL-235B-A22B": dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=94, num_attention_heads=64, num_key_value_heads=4,
@@ -81,6 +86,8 @@ def resident_mib(pid: int) -> float:
 
 
 def gpu_mib() -> float:
+    if shutil.which("nvidia-smi") is None:
+        return 0
     lines = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True).stdout
     return sum(map(float, lines.split()))
 
@@ -136,7 +143,7 @@ def main() -> int:
     parser.add_argument("--stages", default="1")
     parser.add_argument("--device", default="Cuda")
     parser.add_argument("--shape", default="")
-    parser.add_argument("--load", default="1:1024:128,8:1024:128,32:1024:128")
+    parser.add_argument("--load", default="1:2048:129,8:2048:129,32:1024:129,256:512:129,256:1024:256")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of one plan")
     parser.add_argument("--soak", type=float, default=0)
     parser.add_argument("--skip-digits", action="store_true")
@@ -175,23 +182,30 @@ def main() -> int:
                     wrong.append(f"{4 - same} answers on {stages} stages differ")
                 for number, load in enumerate(args.load.split(",")):
                     clients, prompt, output = map(int, load.split(":"))
+                    case, runs = f"{args.shape}.stages{stages}.http.clients{clients}.in{prompt}.out{output}", itertools.count()
+
+                    def run(length):
+                        first = 1000 * (100 * number + next(runs))  # new prompts: nothing is found in the prefix cache
+                        with ThreadPoolExecutor(clients) as pool:
+                            start = time.monotonic()
+                            done = list(pool.map(lambda i: generate(first + i, prompt, length), range(clients)))
+                            seconds = time.monotonic() - start
+                        assert all(count == length for _, count in done), "a request ended early"
+                        return seconds
+
+                    if output == 1:
+                        row(case + ".prefill", "tok/s", round(clients * prompt / sorted(run(1) for _ in range(4))[1], 1))  # the first warms up
+                        continue
+                    if output <= 256 and clients * output <= 256 * 200:
+                        first, rest = min(run(1) for _ in range(2)), min(run(output) for _ in range(2))
+                        row(case + ".decode", "tok/s", round(clients * (output - 1) / (rest - first), 1))
                     series = {name: f"qwen_{name}_seconds" for name in ("time_to_first_token", "inter_token_latency")}
                     before = {n: [metric(pipeline.url, s + end) for end in ("_sum", "_count")] for n, s in series.items()}
-                    with ThreadPoolExecutor(clients) as pool:
-                        start = time.monotonic()
-                        done = list(pool.map(lambda i: generate(number * 1000 + i, prompt, output), range(100, 100 + clients)))
-                        seconds = time.monotonic() - start
-                    name = f"{args.shape}.stages{stages}.http.clients{clients}.in{prompt}.out{output}"
-                    tokens = sum(count for _, count in done)
-                    row(name, "output tok/s", round(tokens / seconds, 1))
-                    row(name + ".total", "tok/s in and out", round((tokens + clients * prompt) / seconds, 1))
-                    if output == 1:
-                        row(name + ".prefill", "tok/s", round(clients * prompt / seconds, 1))
+                    seconds = run(output)
+                    row(case + ".total", "tok/s in and out", round(clients * (prompt + output) / seconds, 1))
                     for n, s in series.items():
                         total, count = (metric(pipeline.url, s + end) - old for end, old in zip(("_sum", "_count"), before[n]))
-                        row(f"{name}.{n}", "ms", round(total / max(count, 1) * 1e3, 3))
-                        if n == "inter_token_latency" and count > 0:  # prompts of others in between count against it
-                            row(name + ".decode", "tok/s", round(clients / (total / count), 1))
+                        row(f"{case}.{n}", "ms", round(total / max(count, 1) * 1e3, 3))
                 if args.soak > 0:
                     wrong += soak(pipeline, args.soak, row, f"{args.shape}.stages{stages}")
     for what in wrong:
