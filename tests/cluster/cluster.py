@@ -306,7 +306,7 @@ current-context: test
         pause = self.dir / "pause"
         pause.mkdir()
         shutil.copy(self.binaries / "pause", pause)
-        image.archive(folder / "pause.tar", "localhost/pause:1", pause, user="65535:65535", entrypoint=["/pause"])
+        image.archive(folder / "pause.tar", ["localhost/pause:1"], pause, user="65535:65535", entrypoint=["/pause"])
 
     def start_network(self):
         fresh = not self.pid(NETWORK)

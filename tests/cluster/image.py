@@ -38,8 +38,8 @@ def write_layer(root, out):
                     layer.addfile(entry)
 
 
-def archive(out, name, root, *, user="", env=("PATH=/usr/local/bin",), entrypoint=()):
-    """Writes the archive OUT of the image NAME:TAG with what lies in `root`."""
+def archive(out, names, root, *, user="", env=("PATH=/usr/local/bin",), entrypoint=()):
+    """Writes the archive OUT of an image, under each NAME:TAG of `names`, with what lies in `root`."""
     part = f"{out}.layer"
     with open(part, "wb") as file:
         layer = Hashing(file)
@@ -49,7 +49,7 @@ def archive(out, name, root, *, user="", env=("PATH=/usr/local/bin",), entrypoin
                          "config": {"User": user, "Env": list(env), "Entrypoint": list(entrypoint)},
                          "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]}}, sort_keys=True).encode()
     config_name = hashlib.sha256(config).hexdigest() + ".json"
-    manifest = json.dumps([{"Config": config_name, "RepoTags": [name], "Layers": [f"{digest}/layer.tar"]}]).encode()
+    manifest = json.dumps([{"Config": config_name, "RepoTags": list(names), "Layers": [f"{digest}/layer.tar"]}]).encode()
     with tarfile.open(out, "w") as tar:
         for member, data in ((config_name, config), ("manifest.json", manifest)):
             entry = tarfile.TarInfo(member)
@@ -71,7 +71,7 @@ def main():
     parser.add_argument("--env", action="append", default=[])
     parser.add_argument("--entrypoint", action="append", default=[])
     args = parser.parse_args()
-    archive(args.out, args.name, args.root, user=args.user, env=args.env or ("PATH=/usr/local/bin",), entrypoint=args.entrypoint)
+    archive(args.out, [args.name], args.root, user=args.user, env=args.env or ("PATH=/usr/local/bin",), entrypoint=args.entrypoint)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 import time
 from contextlib import contextmanager
 
-from world import ROOT, VERSION, World, pictures, post, question
+from world import NEXT, ROOT, Asker, World, pictures, post, question
 
 NAMED_S = 5  # from the moment that the cluster says it of a pod to the pipeline's condition
 NS = "models"
@@ -140,11 +140,14 @@ def upgrade(world):
     world.install("--set", "images.stage.tag=absent")
     named(world, "an upgrade to an image that is not there", NS, "digits", "ImagePullFailed", r"pod digits-0-stage-\d-4: (ErrImagePull|ImagePullBackOff).*qwen-stage:absent",
           waits_for(world, NS, "digits", ("ErrImagePull", "ImagePullBackOff")))
-    world.install("--set", f"images.stage.tag={VERSION}")
+    world.check("and the revision before serves on", not world.answers_right(NS, "digits"), world.answers_right(NS, "digits"))
+    asker = Asker(world, NS, "digits")
+    world.install("--set", f"images.stage.tag={NEXT}")
     world.within("upgraded to one that is: it serves", 60, lambda: world.ready(NS, "digits"), lambda: world.condition(NS, "digits"))
+    world.within("and nothing of the others is left", 30, lambda: len(world.pods(NS, "digits")) == 5, lambda: world.living(NS, "digits"))
     images = {p["spec"]["containers"][0]["image"] for n, p in world.pods(NS, "digits").items() if "stage" in n}
-    world.check("with the image that was asked for", images == {f"localhost/qwen-stage:{VERSION}"}, images)
-    world.check("and right answers", not world.answers_right(NS, "digits"), world.answers_right(NS, "digits"))
+    world.check("with the image that was asked for", images == {f"localhost/qwen-stage:{NEXT}"}, images)
+    asker.end(may_refuse=False)
 
 
 def scale(world):

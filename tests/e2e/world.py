@@ -25,7 +25,7 @@ import nodes as real  # noqa: E402
 from helm_chart import CHART, tool  # noqa: E402
 
 PATIENCE_S = 120  # a machine that compiles beside the test; what is asserted about speed has its own limit
-VERSION = "0.1.0"  # the chart's appVersion: the tag that it asks for
+VERSION, NEXT = "0.1.0", "0.1.1"  # the chart's appVersion, which is the tag that it asks for; and the same images under a tag to upgrade to
 SKIPPED = 77  # ctest's SKIP_RETURN_CODE of these tests
 PIPELINES = "/apis/qwenpipeline.dev/v1alpha1"
 DIGITS = ROOT / "docs/examples/digits"
@@ -62,7 +62,7 @@ def make_images(folder):
             root = folder / f"{program.name}.root"
             shutil.rmtree(root, ignore_errors=True)
             subprocess.run([str(root) if c == "ROOT" else str(c) for c in command], check=True, capture_output=True, text=True)
-            image.archive(out, f"localhost/{program.name}:{VERSION}", root, user="65532:65532", entrypoint=[f"/usr/local/bin/{program.name}"])
+            image.archive(out, [f"localhost/{program.name}:{tag}" for tag in (VERSION, NEXT)], root, user="65532:65532", entrypoint=[f"/usr/local/bin/{program.name}"])
             shutil.rmtree(root)
     return made
 
@@ -279,12 +279,43 @@ class World:
                [f"process {pid} of {env['QWEN_POD_NAME']}" for _, pid, env in self.processes() if env.get("QWEN_POD_NAME", "").startswith(f"{name}-")]
 
 
+class Asker:
+    """Asks the digits of a pipeline through its Service, again and again. Refused is allowed while something is broken; wrong never is."""
+
+    def __init__(self, world, namespace, name):
+        self.world, self.namespace, self.name = world, namespace, name
+        self.right, self.refused, self.wrong, self.last = 0, [], [], 0.0
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self):
+        asked = pictures()
+        while not self.ended.wait(0.2):
+            file, expected = asked[(self.right + len(self.refused)) % len(asked)]
+            try:  # of a node that was cut off nothing comes, not even a refusal
+                answer = self.world.ask(self.namespace, self.name, file, timeout=5)
+            except (OSError, ValueError, KeyError, StopIteration) as e:
+                self.refused.append(repr(e))
+                continue
+            if answer == expected:
+                self.right, self.last = self.right + 1, time.monotonic()
+            else:
+                self.wrong.append((file.name, expected, answer))
+
+    def end(self, may_refuse):
+        self.ended.set()
+        self.thread.join()
+        self.world.check(f"{self.right} answers meanwhile, {len(self.refused)} refused, none wrong", self.right > 5 and not self.wrong and (may_refuse or not self.refused),
+                         self.wrong or self.refused)
+
+
 class Invariants:
     """Looks on from a thread of its own for as long as the world stands: at the API's pods and at the nodes' processes.
 
     1. A name of a pod, which carries the epoch, is given once: no group of an epoch is ever made again.
-    2. Of a replica at most one epoch has all its pods Ready; unless `deletes_fail`: then the group before may stand, whole and under its
-       own epoch, beside the next one, which waits for nobody.
+    2. Of a replica at most two epochs have all their pods Ready: in a surge the new revision stands beside the old one until that has
+       drained. Unless `deletes_fail`: then older groups may stand, each whole and under its own epoch; the next one waits for nobody.
     3. No two processes run for one pod's name, on whatever node, cut off or not: no two groups of one epoch serve.
     """
 
@@ -324,7 +355,7 @@ class Invariants:
             groups.setdefault((owner, labels["qwenpipeline.dev/replica"]), {}).setdefault(labels["qwenpipeline.dev/epoch"], []).append(ready)
         for (_, replica), epochs in groups.items():
             whole = [epoch for epoch, pods in epochs.items() if len(pods) > 1 and all(pods)]
-            if len(whole) > 1 and not self.deletes_fail:
+            if len(whole) > 2 and not self.deletes_fail:
                 self.note(f"replica {replica} is Ready under the epochs {whole}")
 
     def listen(self):

@@ -14,39 +14,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/e2e"))
-from world import World, pictures  # noqa: E402
+from world import Asker, World, pictures  # noqa: E402
 
 NS = "models"
 NAME = "digits"
-
-
-class Asker:
-    """Asks through the Service, again and again. Refused is allowed while something is broken; wrong never is."""
-
-    def __init__(self, world):
-        self.world, self.right, self.refused, self.wrong, self.last = world, 0, 0, [], 0.0
-        self.ended = threading.Event()
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
-
-    def run(self):
-        asked = pictures()
-        while not self.ended.wait(0.2):
-            file, expected = asked[(self.right + self.refused) % len(asked)]
-            try:
-                answer = self.world.ask(NS, NAME, file, timeout=5)  # of a node that was cut off nothing comes, not even a refusal
-            except (OSError, ValueError, KeyError, StopIteration):
-                self.refused += 1
-                continue
-            if answer == expected:
-                self.right, self.last = self.right + 1, time.monotonic()
-            else:
-                self.wrong.append((file.name, expected, answer))
-
-    def end(self):
-        self.ended.set()
-        self.thread.join()
-        self.world.check(f"{self.right} answers meanwhile, {self.refused} refused, none wrong", self.right > 20 and not self.wrong, self.wrong)
 
 
 class Hung:
@@ -180,13 +151,13 @@ def main():
         for name in (NAME, "slow"):
             world.within(f"{name} serves", 90, lambda: world.ready(NS, name), lambda: world.condition(NS, name))
         hung = Hung(world)
-        asker = Asker(world)
+        asker = Asker(world, NS, NAME)
         faults = Faults(world, asker)
         for story in (faults.stage_killed, faults.head_killed, faults.operator_killed, faults.leader_frozen, hung.end, faults.api_server_killed,
                       faults.node_without_power, faults.node_without_cable):
             print(f"---- {story.__qualname__}", flush=True)
             story()
-        asker.end()
+        asker.end(may_refuse=True)
         world.kubectl("-n", NS, "delete", "qp", NAME, "--timeout=60s")
         world.within("deleted: nothing is left", 60, lambda: not world.left(NS, NAME), lambda: world.left(NS, NAME))
         world.invariants.end()
