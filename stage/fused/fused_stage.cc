@@ -63,6 +63,15 @@ kernels::MoeShapeArgs MoeArgs(const contract::ModelShape& shape, int64_t tokens)
           .top_k = shape.moe->experts_per_token};
 }
 
+kernels::DecodeLayersShape DecodeShape(const contract::ModelShape& shape) {
+  return {.hidden = shape.hidden,
+          .heads = shape.heads,
+          .kv_heads = shape.kv_heads,
+          .inter = shape.moe->intermediate,
+          .experts = shape.moe->experts,
+          .top_k = shape.moe->experts_per_token};
+}
+
 // Where a token's k and v go.
 int64_t CacheRow(const step::SequenceSpan& span, int64_t position, int64_t block_tokens) {
   return int64_t{span.blocks[position / block_tokens]} * block_tokens + position % block_tokens;
@@ -152,6 +161,7 @@ FusedStage::FusedStage(const contract::ModelShape& shape, const model::StageMode
   axis_ = rotary.axis.to(at::kInt).contiguous();
   Must(cudaEventCreateWithFlags(&uploaded_, cudaEventDisableTiming), "event");
   AllocateDecode();
+  PlanDecodeLayers();
   PlanCudnn(options.max_batch_tokens);
 }
 
@@ -216,6 +226,24 @@ void FusedStage::AllocateDecode() {
   const int64_t words = rows * (5 + stride);
   host_meta_ = at::empty({words}, at::TensorOptions().dtype(at::kInt).pinned_memory(true));
   device_meta_ = at::zeros({words}, int32);
+}
+
+// Everything that the one-kernel step keeps: where each layer's weights are, and the words its blocks exchange.
+void FusedStage::PlanDecodeLayers() {
+  const bool moe = std::all_of(layers_.begin(), layers_.end(), [](const Layer& layer) { return layer.router.defined(); });
+  if (!moe || !shape_.moe || !std::has_single_bit(static_cast<uint64_t>(block_tokens_)) || layers_.empty() || layers_.size() > static_cast<size_t>(kernels::kDecodeLayersMax)) return;
+  one_kernel_tokens_ = kernels::DecodeLayersTokens(DecodeShape(shape_));
+  if (one_kernel_tokens_ == 0) return;
+  std::vector<kernels::DecodeLayerWeights> pointers;
+  for (const Layer& l : layers_) {
+    pointers.push_back({Bf16(l.input_norm), Bf16(l.qkv), Bf16(l.q_norm), Bf16(l.k_norm), Bf16(l.o), Bf16(l.post_norm), Bf16(l.router), Bf16(l.gate_up), Bf16(l.down),
+                        Bf16(l.k_cache), Bf16(l.v_cache)});
+  }
+  const auto bytes = at::TensorOptions().dtype(at::kByte).device(at::kCUDA);
+  const size_t size = pointers.size() * sizeof(pointers[0]);
+  layer_pointers_ = at::empty({static_cast<int64_t>(size)}, bytes);
+  Must(cudaMemcpy(layer_pointers_.data_ptr(), pointers.data(), size, cudaMemcpyHostToDevice), "layer pointers");
+  layers_workspace_ = at::zeros({static_cast<int64_t>(kernels::DecodeLayersWorkspace(DecodeShape(shape_)))}, bytes);
 }
 
 // context | tokens | positions (t, h, w) | block table
@@ -344,7 +372,10 @@ void FusedStage::EnqueueDecode(int64_t tokens, int64_t table_stride) {
   const auto norm = [&](const at::Tensor& weight) {
     KERNEL(RmsNorm({.x = Bf16(b.hidden), .weight = Bf16(weight), .y = Bf16(b.normed), .eps = eps, .tokens = count, .hidden = shape_.hidden}, stream_));
   };
-  if (first_) {
+  const bool one_kernel = tokens <= one_kernel_tokens_;
+  if (one_kernel) {
+    // It takes its rows itself.
+  } else if (first_) {
     KERNEL(GatherRows(Bf16(embedding_), meta.tokens, Bf16(b.hidden), count, shape_.hidden, stream_));
   } else {
     b.hidden.narrow(0, 0, tokens).copy_(b.input.narrow(0, 0, tokens));
@@ -356,7 +387,26 @@ void FusedStage::EnqueueDecode(int64_t tokens, int64_t table_stride) {
                       .scaling = static_cast<float>(rotary_scaling_),
                       .tokens = count},
                      stream_));
+  if (one_kernel) {
+    KERNEL(DecodeLayers({.shape = DecodeShape(shape_),
+                         .layers = static_cast<const kernels::DecodeLayerWeights*>(layer_pointers_.data_ptr()),
+                         .layer_count = static_cast<int>(layers_.size()),
+                         .rows = Bf16(first_ ? embedding_ : b.input),
+                         .ids = first_ ? meta.tokens : nullptr,
+                         .out = Bf16(b.hidden),
+                         .cos_sin = Bf16(b.cos_sin),
+                         .block_table = meta.table,
+                         .context = meta.context,
+                         .workspace = layers_workspace_.data_ptr(),
+                         .norm_eps = eps,
+                         .tokens = count,
+                         .block_tokens = static_cast<int>(block_tokens_),
+                         .table_stride = static_cast<int>(table_stride),
+                         .normalise = shape_.moe->norm_topk_prob},
+                        stream_));
+  }
   for (const Layer& layer : layers_) {
+    if (one_kernel) break;
     if (tokens <= kFusedNorm) {
       KERNEL(DecodeLinear({.x = Bf16(b.hidden),
                            .w = Bf16(layer.qkv),

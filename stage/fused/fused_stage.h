@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "stage/contract/model_shape.h"
+#include "stage/kernels/decode_layers.h"
 #include "stage/kernels/moe_grouped.h"
 #include "stage/kernels/moe_stream.h"
 #include "stage/model/stage_backend.h"
@@ -73,6 +74,7 @@ class FusedStage final : public model::StageBackend {
   static constexpr int64_t kGraphsMax = 128;  // a few hundred KiB of the GPU's memory each
   static constexpr int64_t kCudnnMax = 8192;  // tokens of a prompt beyond which flash attention is used
   void AllocateDecode();
+  void PlanDecodeLayers();
   // The attention of rows [begin, begin + length) of qkv among themselves -> (length, heads * 128). qkv has kCudnnStep rows more.
   at::Tensor CudnnAttention(const at::Tensor& qkv, int64_t begin, int64_t length) const;
   void PlanCudnn(int64_t tokens_max);
@@ -98,6 +100,8 @@ class FusedStage final : public model::StageBackend {
   bool cudnn_ = false;
 
   DecodeBuffers decode_;
+  int64_t one_kernel_tokens_ = 0;  // up to here all layers of a step are one kernel
+  at::Tensor layer_pointers_, layers_workspace_;
   at::Tensor host_meta_, device_meta_;  // int32
   cudaEvent_t uploaded_ = nullptr;      // the last copy of host_meta_
   int64_t decodes_ = 0;

@@ -101,9 +101,9 @@ void TimeStep(const Model& m, int tokens, int context, int distinct = 0) {
 
 TEST(DecodeStep, Speed) {
   const Model small{"30b", 48, 2048, 32, 4, 768, 128, 8, 151936, true}, stage{"235b.24of94", 24, 4096, 64, 4, 1536, 128, 8, 151936, false};
-  for (int tokens : {1, 8, 32}) TimeStep(small, tokens, tokens == 32 ? 1024 : 2048);
+  for (int tokens : {1, 2, 4, 8, 32}) TimeStep(small, tokens, tokens == 32 ? 1024 : 2048);
   for (int distinct : {2, 8, 24}) TimeStep(small, 32, 1024, distinct);
-  for (int tokens : {1, 8}) TimeStep(stage, tokens, 2048);
+  for (int tokens : {1, 2, 4, 8}) TimeStep(stage, tokens, 2048);
 }
 
 }  // namespace

@@ -45,6 +45,17 @@ __device__ __forceinline__ void PrefetchMap(const CUtensorMap* map) {
 }
 // Weights are read once: evict first, so that activations stay in the L2 cache.
 constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
+constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
+// `bytes` (a multiple of 16, both addresses aligned to 16) global -> shared; arrives on `barrier`.
+__device__ __forceinline__ void BulkCopy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(SharedAddress(shared)),
+               "l"(global), "r"(bytes), "r"(SharedAddress(barrier)), "l"(kEvictFirst)
+               : "memory");
+}
+// Asks for memory into the L2 cache, where it stays while streams that are read once pass.
+__device__ __forceinline__ void BulkPrefetch(const void* global, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(global), "r"(bytes), "l"(kEvictLast) : "memory");
+}
 __device__ __forceinline__ void LoadTile4(void* shared, const CUtensorMap* map, uint64_t* barrier, int c0, int c1, int c2, int c3) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(
