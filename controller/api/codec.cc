@@ -47,7 +47,7 @@ bool IsLabel(const std::string& text, size_t maximum) {
 // One object of the manifest. Every key that is asked for is remembered, so that Finish() can name one that nobody knows.
 class Object {
  public:
-  Object(const Json& json, std::string path, Status& error) : json_(json), path_(std::move(path)), error_(error) {
+  Object(const Json& json, std::string path, UnknownFields unknown, Status& error) : json_(json), path_(std::move(path)), unknown_(unknown), error_(error) {
     if (!json_.is_object()) Fail(error_, path_, "must be an object");
   }
 
@@ -118,7 +118,7 @@ class Object {
       if (required) Problem(key, "required");
       return;
     }
-    Object nested(At(key), PathOf(key), error_);
+    Object nested(At(key), PathOf(key), unknown_, error_);
     parse(nested);
     nested.Finish();
   }
@@ -128,7 +128,7 @@ class Object {
     if (!Has(key)) return;
     if (!At(key).is_array() || At(key).size() > maximum) return Problem(key, "must be a list of at most " + std::to_string(maximum) + " items");
     for (size_t i = 0; i < At(key).size(); ++i) {
-      Object item(At(key)[i], PathOf(key) + "[" + std::to_string(i) + "]", error_);
+      Object item(At(key)[i], PathOf(key) + "[" + std::to_string(i) + "]", unknown_, error_);
       parse(item);
       item.Finish();
     }
@@ -164,7 +164,7 @@ class Object {
   }
   void Ignore(const char* key) { known_.insert(key); }
   void Finish() {
-    if (!json_.is_object()) return;
+    if (!json_.is_object() || unknown_ == UnknownFields::kIgnore) return;
     for (const auto& [key, value] : json_.items())
       if (!known_.count(key)) Fail(error_, PathOf(key.substr(0, 80)), "unknown field");
   }
@@ -176,6 +176,7 @@ class Object {
  private:
   const Json& json_;
   const std::string path_;
+  const UnknownFields unknown_;
   Status& error_;
   std::set<std::string, std::less<>> known_;
 };
@@ -306,12 +307,12 @@ std::string_view DtypeChoiceName(DtypeChoice dtype) { return NameOf(kDtypes, dty
 std::string_view TransportName(TransportType type) { return NameOf(kTransports, type); }
 std::string_view BalanceName(contract::BalancePolicy balance) { return NameOf(kBalances, balance); }
 
-Result<QwenPipeline> ParsePipeline(std::string_view text) {
+Result<QwenPipeline> ParsePipeline(std::string_view text, UnknownFields unknown) {
   const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (json.is_discarded()) return InvalidArgumentError("manifest: not JSON");
   Status error;
   QwenPipeline pipeline;
-  Object top(json, "", error);
+  Object top(json, "", unknown, error);
   for (const auto& [key, expected] : {std::pair{"apiVersion", contract::kApiVersion}, {"kind", contract::kKind}})
     if (!top.Has(key) || top.At(key) != expected) top.Problem(key, "must be " + std::string(expected));
   if (!error.ok()) return error;

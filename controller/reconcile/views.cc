@@ -70,7 +70,7 @@ void ReadConditions(const Json& object, plan::ObservedPod& pod) {
 
 PipelineView DecodePipeline(const Json& object) {
   PipelineView view{.meta = kube::ParseMeta(object)};
-  view.pipeline = api::ParsePipeline(object.dump());
+  view.pipeline = api::ParsePipeline(object.dump(), api::UnknownFields::kIgnore);
   if (const Json* finalizers = FindAt(object, "/metadata/finalizers"); finalizers != nullptr && finalizers->is_array())
     for (const Json& finalizer : *finalizers) view.finalizers.push_back(finalizer.get<std::string>());
   if (const Json* status = FindAt(object, "/status")) view.status = api::ParseStatus(status->dump());

@@ -184,6 +184,15 @@ TEST(Codec, WhatIsWrongIsNamedByItsPath) {
   EXPECT_EQ(ParsePipeline("{").status().message(), "manifest: not JSON");
 }
 
+TEST(Codec, WhatTheServerHoldsMayHaveMoreFieldsButNoWrongOnes) {
+  const std::string newer = Replaced(kSmall, "\"stages\": {", "\"engine\": {\"gpu\": 1}, \"stages\": {");
+  EXPECT_FALSE(ParsePipeline(newer).ok());
+  const auto p = ParsePipeline(newer, UnknownFields::kIgnore);
+  ASSERT_TRUE(p.ok()) << p.status().ToString();
+  EXPECT_EQ(p->spec.stages.count, 4);
+  EXPECT_EQ(ParsePipeline(Replaced(newer, "\"gpu\": 1", "\"blockTokens\": \"many\""), UnknownFields::kIgnore).status().message().substr(0, 23), "spec.engine.blockTokens");
+}
+
 TEST(Codec, NullCountsAsAbsent) {
   const auto p = ParsePipeline(Replaced(kSmall, "\"stages\": {\"count\": 4}", "\"stages\": {\"count\": 4, \"list\": null}, \"engine\": null"));
   ASSERT_TRUE(p.ok()) << p.status().ToString();

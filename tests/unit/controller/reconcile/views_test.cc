@@ -92,8 +92,16 @@ TEST(Views, APipelineIsItsSpecItsStatusAndAnErrorWhenItCannotBeRead) {
   EXPECT_TRUE(view.finalizers.empty());
   pipeline["metadata"]["finalizers"] = {"theirs", "qwenpipeline.dev/drain"};
   EXPECT_EQ(DecodePipeline(pipeline).finalizers, (std::vector<std::string>{"theirs", "qwenpipeline.dev/drain"}));
-  pipeline["spec"]["fromTheFuture"] = 1;
+  pipeline["spec"]["replicas"] = "two";
   EXPECT_FALSE(DecodePipeline(pipeline).pipeline.ok());
+}
+
+TEST(Views, APipelineWithAFieldOfANewerDefinitionIsServedOnDuringTheUpgrade) {
+  const Json pipeline = {{"apiVersion", "qwenpipeline.dev/v1alpha1"}, {"kind", "QwenPipeline"}, {"metadata", {{"name", "q"}, {"namespace", "ns"}, {"uid", "u-1"}}},
+                         {"spec", {{"model", {{"id", "m"}, {"source", {{"path", "/m"}}}}}, {"stages", {{"count", 2}, {"fromTheFuture", 1}}}, {"fromTheFuture", {{"a", 1}}}}}};
+  const PipelineView view = DecodePipeline(pipeline);
+  ASSERT_TRUE(view.pipeline.ok()) << view.pipeline.status().ToString();
+  EXPECT_EQ(view.pipeline->spec.stages.count, 2);
 }
 
 TEST(Views, ANodeIsFineLostOrGone) {
