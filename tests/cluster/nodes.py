@@ -57,6 +57,7 @@ mount --make-rshared /
 own() {{ mkdir -p "$1" "{d}/disk$1"; mount --bind "{d}/disk$1" "$1"; }}
 for path in /var/lib/kubelet /var/lib/containerd /var/lib/cni /var/log/pods /etc/cni; do own $path; done
 mount --make-shared /var/lib/kubelet
+case $(stat -f -c %T {d}) in overlay*) mount -t tmpfs tmpfs /var/lib/containerd ;; esac  # an overlay cannot lie on another; images come anew then
 mkdir -p /etc/cni/net.d; cp {d}/cni.conflist /etc/cni/net.d/10-test.conflist
 for path in /run/containerd /run/netns /var/log/containers; do mkdir -p $path; mount -t tmpfs tmpfs $path; done
 for file in {kernel}; do
@@ -69,9 +70,9 @@ until ip -4 address show eth0 2>/dev/null | grep -q inet; do sleep 0.02; done
 containerd -c {d}/containerd.toml >>{d}/containerd.log 2>&1 &
 for try in $(seq 300); do ctr version >/dev/null 2>&1 && break; sleep 0.1; done
 for image in {images}/*.tar; do
-  grep -qxF "$image" {d}/imported 2>/dev/null && continue
+  grep -qxF "$image" /var/lib/containerd/imported 2>/dev/null && continue
   ctr -n k8s.io images import --no-unpack=false "$image" >>{d}/import.log 2>&1 || ctr -n k8s.io images import "$image" >>{d}/import.log 2>&1
-  echo "$image" >>{d}/imported
+  echo "$image" >>/var/lib/containerd/imported
 done
 {bin}/kube-proxy --kubeconfig={kubeconfigs}/kube-proxy.kubeconfig --hostname-override={name} --proxy-mode=nftables --cluster-cidr={pods} \\
   --conntrack-max-per-core=0 --conntrack-tcp-timeout-established=0 --conntrack-tcp-timeout-close-wait=0 >>{d}/kube-proxy.log 2>&1 &
