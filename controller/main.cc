@@ -1,4 +1,5 @@
 // qwen-controller: the operator. Flags → cluster access → informers → leader election → workers → SIGTERM gives the lease back.
+#include <malloc.h>
 #include <prometheus/registry.h>
 #include <prometheus/text_serializer.h>
 #include <unistd.h>
@@ -164,6 +165,8 @@ int Run(const Flags& flags, const sigset_t& signals) {
 }  // namespace qwen
 
 int main(int argc, char** argv) {
+  // A dozen threads, each of which decodes objects now and then, would otherwise keep an arena of freed JSON trees each.
+  mallopt(M_ARENA_MAX, 2);
   // Blocked before any thread starts, so that all of them inherit it and main alone takes them, synchronously.
   sigset_t signals;
   sigemptyset(&signals);

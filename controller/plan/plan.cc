@@ -111,9 +111,10 @@ Actions MakePlan(const Observed& observed, const Images& images, int64_t now_sec
   if (!observed.spec_error.empty()) return Reject(observed, observed.spec_error, now_seconds);
   Actions actions;
   const api::Spec& spec = observed.pipeline.spec;
-  const Result<std::string> revision = Revision(observed.pipeline, images);
+  const Result<std::string> revision = observed.revision.empty() ? Revision(observed.pipeline, images) : observed.revision;
   if (!revision.ok()) return Reject(observed, revision.status().message(), now_seconds);
 
+  actions.revision = *revision;
   actions.add_finalizer = !observed.has_finalizer;
   actions.create_secret = !observed.has_secret;
   PlanChildren(observed, actions);

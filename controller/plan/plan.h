@@ -26,6 +26,7 @@ struct PodRef {
 // In the order in which it is to be done. When `status` cannot be written nothing else may be.
 struct Actions {
   api::PipelineStatus status;  // to be written when it differs from the snapshot's
+  std::string revision;        // that the spec asks for; empty: none was worked out
   bool add_finalizer = false;  // before anything is made
   bool create_secret = false;
   std::vector<nlohmann::json> apply;           // children, by server-side apply

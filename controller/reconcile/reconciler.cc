@@ -1,6 +1,7 @@
 #include "controller/reconcile/reconciler.h"
 
 #include <algorithm>
+#include <functional>
 #include <random>
 
 #include "controller/kube/time_text.h"
@@ -212,6 +213,8 @@ plan::Observed Reconciler::Observe(const PipelineView& view, const ObjectKey& ke
   for (const auto& secret : secrets_.informer.store().ByIndex(kByOwner, view.meta.uid))
     observed.has_secret |= secret->meta.key.name == plan::SecretName(observed.pipeline);
   std::lock_guard<std::mutex> lock(mutex_);
+  if (const auto revised = revisions_.find(key); revised != revisions_.end() && revised->second.uid == view.meta.uid && revised->second.generation == view.meta.generation)
+    observed.revision = revised->second.revision;
   if (const auto refused = refusals_.find(key); refused != refusals_.end()) observed.write_error = refused->second;
   return observed;
 }
@@ -223,6 +226,7 @@ Result<kube::Requeue> Reconciler::Reconcile(const ObjectKey& key) {
     std::lock_guard<std::mutex> lock(mutex_);
     refusals_.erase(key);
     pod_groups_.erase(key);
+    revisions_.erase(key);
     return kube::Requeue{};
   }
   if (!UpToDate(key)) return kube::Requeue{1'000'000};  // the event that completes it comes sooner
@@ -231,6 +235,10 @@ Result<kube::Requeue> Reconciler::Reconcile(const ObjectKey& key) {
 }
 
 Result<kube::Requeue> Reconciler::Act(const PipelineView& view, const ObjectKey& key, const plan::Observed& observed, plan::Actions actions) {
+  if (!actions.revision.empty() && actions.revision != observed.revision) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    revisions_[key] = {.uid = view.meta.uid, .generation = view.meta.generation, .revision = actions.revision};
+  }
   Json newest;  // the pipeline, as our own write of the status left it
   if (actions.status != observed.previous) {
     Answer answer = client_.PatchStatus(resources::kQwenPipelines, key, Json::parse(api::StatusToJson(actions.status)));
@@ -286,43 +294,60 @@ bool Reconciler::WriteFinalizer(const PipelineView& view, const ObjectKey& key, 
   return true;
 }
 
-// False when anything did not succeed.
-bool Reconciler::WriteAll(const PipelineView& view, const ObjectKey& key, plan::Actions& actions, std::string* refusal, Status* error) {
+void Reconciler::WriteChildren(const PipelineView& view, const ObjectKey& key, const plan::Actions& actions, std::string* refusal, Status* error) {
   const int64_t now = clock_.NowMicros();
-  const auto judge = [&](const Answer& answer, const std::string& what) { return Judge(answer, what, refusal, error); };
-  const auto version = [](const Answer& answer) { return kube::StringAt(answer.body, "/metadata/resourceVersion"); };
-
-  if (actions.create_secret) {
-    const Answer answer = client_.Create(resources::kSecrets, plan::HandshakeSecret(*view.pipeline, NewSecret()));
-    if (!answer.AlreadyExists() && judge(answer, "secret")) secrets_.expectations.Wrote(key, version(answer), now);
+  std::vector<kube::HttpRequest> requests;
+  std::vector<std::function<void(const Answer&)>> answered;  // one a request
+  const auto add = [&](kube::HttpRequest request, std::function<void(const Answer&)> then) {
+    requests.push_back(std::move(request));
+    answered.push_back(std::move(then));
+  };
+  const auto wrote = [&, now](kube::Expectations& expectations, const std::string& what) {
+    return [&expectations, &key, refusal, error, now, what](const Answer& answer) {
+      if (Judge(answer, what, refusal, error)) expectations.Wrote(key, kube::StringAt(answer.body, "/metadata/resourceVersion"), now);
+    };
+  };
+  const auto unless = [](bool (Answer::*known)() const, std::function<void(const Answer&)> then) {
+    return [known, then = std::move(then)](const Answer& answer) {
+      if (!(answer.*known)()) then(answer);
+    };
+  };
+  for (const plan::PodRef& pod : actions.delete_pods) {
+    add(kube::DeleteRequest(resources::kPods, {key.namespace_name, pod.name},
+                            {.uid = pod.uid, .grace_period_seconds = pod.force ? std::optional<int32_t>(0) : std::nullopt}),
+        [this, &key, &pod, refusal, error, now](const Answer& answer) {
+          if (answer.NotFound() || answer.Conflict()) return;  // gone, or another of the same name: the store will tell
+          if (Judge(answer, "delete pod " + pod.name, refusal, error)) pods_.expectations.Deleted(key, pod.uid, now);
+        });
   }
+  if (actions.create_secret)
+    add(kube::CreateRequest(resources::kSecrets, plan::HandshakeSecret(*view.pipeline, NewSecret())),
+        unless(&Answer::AlreadyExists, wrote(secrets_.expectations, "secret")));
   for (const Json& child : actions.apply) {
     const std::string name = plan::ChildName(child);
-    const Answer answer = client_.Apply(ResourceOf(name), child);
-    if (judge(answer, name)) OfKind(name).expectations.Wrote(key, version(answer), now);
+    add(client_.MakeApply(ResourceOf(name), child), wrote(OfKind(name).expectations, name));
   }
   for (const Json& object : actions.create_weights) {
     const bool job = object.at("kind") == resources::kJobs.kind;
-    const Answer answer = client_.Create(job ? resources::kJobs : resources::kPersistentVolumeClaims, object);
-    if (!answer.AlreadyExists() && judge(answer, plan::ChildName(object))) (job ? jobs_.expectations : claims_.expectations).Wrote(key, version(answer), now);
+    add(kube::CreateRequest(job ? resources::kJobs : resources::kPersistentVolumeClaims, object),
+        unless(&Answer::AlreadyExists, wrote(job ? jobs_.expectations : claims_.expectations, plan::ChildName(object))));
   }
-  for (const std::string& name : actions.delete_children) {
-    const Answer answer = client_.Delete(ResourceOf(name), {key.namespace_name, name.substr(name.find('/') + 1)});
-    if (!answer.NotFound() && judge(answer, name)) OfKind(name).expectations.Wrote(key, version(answer), now);
-  }
+  for (const std::string& name : actions.delete_children)
+    add(kube::DeleteRequest(ResourceOf(name), {key.namespace_name, name.substr(name.find('/') + 1)}), unless(&Answer::NotFound, wrote(OfKind(name).expectations, name)));
+  client_.DoAll(std::move(requests), [&](size_t i, const Answer& answer) { answered[i](answer); });
+}
+
+// False when anything did not succeed. Pods last: they are to find what they mount, and the room that others left.
+bool Reconciler::WriteAll(const PipelineView& view, const ObjectKey& key, plan::Actions& actions, std::string* refusal, Status* error) {
+  WriteChildren(view, key, actions, refusal, error);
+  const int64_t now = clock_.NowMicros();
   std::vector<kube::HttpRequest> requests;
-  for (const plan::PodRef& pod : actions.delete_pods)
-    requests.push_back(kube::DeleteRequest(resources::kPods, {key.namespace_name, pod.name}, {.uid = pod.uid, .grace_period_seconds = pod.force ? std::optional<int32_t>(0) : std::nullopt}));
-  client_.DoAll(std::move(requests), [&](size_t i, Answer answer) {
-    if (answer.NotFound()) return;  // a conflict is tried again: nothing else may happen that wakes this key
-    if (judge(answer, "delete pod " + actions.delete_pods[i].name)) pods_.expectations.Deleted(key, actions.delete_pods[i].uid, now);
-  });
-  requests.clear();
   for (const Json& pod : actions.create_pods) requests.push_back(kube::CreateRequest(resources::kPods, pod));
-  client_.DoAll(std::move(requests), [&](size_t i, Answer answer) {
+  client_.DoAll(std::move(requests), [&](size_t i, const Answer& answer) {
     // A name of ours that exists is our own pod from a try whose answer was lost: names carry the epoch.
     if (answer.AlreadyExists()) return;
-    if (judge(answer, "pod " + kube::KeyOf(actions.create_pods[i]).name)) pods_.expectations.Wrote(key, version(answer), now);
+    if (Judge(answer, "pod " + kube::KeyOf(actions.create_pods[i]).name, refusal, error))
+      pods_.expectations.Wrote(key, kube::StringAt(answer.body, "/metadata/resourceVersion"), now);
   });
   ApplyPodGroups(key, actions.pod_groups, refusal, error);
   return refusal->empty() && error->ok();

@@ -62,6 +62,8 @@ class Reconciler {
   void ForEachStore(const Each& each);  // of pipelines and what they own
   bool WriteFinalizer(const PipelineView& view, const kube::ObjectKey& key, bool present, const kube::Json& newest, std::string* refusal, Status* error);
   void ApplyPodGroups(const kube::ObjectKey& key, const std::vector<kube::Json>& groups, std::string* refusal, Status* error);
+  // Of what does not depend on another of them: what is deleted, the Secret, the other children, claims and Jobs.
+  void WriteChildren(const PipelineView& view, const kube::ObjectKey& key, const plan::Actions& actions, std::string* refusal, Status* error);
   bool WriteAll(const PipelineView& view, const kube::ObjectKey& key, plan::Actions& actions, std::string* refusal, Status* error);
 
   kube::Transport& transport_;
@@ -72,6 +74,12 @@ class Reconciler {
   const Options options_;
   std::mutex mutex_;
   std::map<kube::ObjectKey, std::string> refusals_;  // guarded by mutex_; of the last writes of a pipeline
+  struct Revised {
+    std::string uid;
+    int64_t generation = 0;
+    std::string revision;
+  };
+  std::map<kube::ObjectKey, Revised> revisions_;  // guarded by mutex_; of the spec as last looked at: nine tenths of a look's time
   // Guarded by mutex_. Nobody watches PodGroups, whose definition a cluster may lack: each is applied once, and once more by the
   // next process, which changes nothing.
   std::map<kube::ObjectKey, std::set<std::string>> pod_groups_;

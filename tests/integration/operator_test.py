@@ -72,7 +72,8 @@ class Suite:
             with self.opener.open(request, timeout=20) as answer:
                 return answer.status, json.loads(answer.read())
         except urllib.error.HTTPError as e:
-            return e.code, json.loads(e.read() or b"{}")
+            text = e.read().decode(errors="replace")
+            return e.code, json.loads(text) if text.startswith("{") else {"message": text}  # of a path that it does not know (yet): plain text
 
     def must(self, *args, **kwargs):
         code, answer = self.call(*args, **kwargs)
@@ -125,10 +126,10 @@ class Suite:
     def spec(self, name, **changes):
         self.must("PATCH", f"{PIPELINES.format('default')}/{name}", {"spec": changes}, MERGE)
 
-    def make(self, name, stages, namespace="default", **spec):
+    def make(self, name, count, namespace="default", **spec):
         self.must("POST", PIPELINES.format(namespace), {
             "apiVersion": "qwenpipeline.dev/v1alpha1", "kind": "QwenPipeline", "metadata": {"name": name, "namespace": namespace},
-            "spec": {"model": {"id": "m", "source": {"persistentVolumeClaim": {"claimName": "weights"}}}, "stages": {"count": stages}, "engine": {"device": "Cpu"}, **spec}})
+            "spec": {"model": {"id": "m", "source": {"persistentVolumeClaim": {"claimName": "weights"}}}, "stages": {"count": count}, "engine": {"device": "Cpu"}, **spec}})
 
     def remove(self, name, namespace="default"):
         self.must("DELETE", f"{PIPELINES.format(namespace)}/{name}", {"propagationPolicy": "Background"})
@@ -331,6 +332,37 @@ class Suite:
         self.within("both go, and the PodGroup with its head", 40, lambda: not self.left("gang") and not self.left("other") and not self.must("GET", groups)["items"],
                     lambda: (self.left("gang"), self.left("other")))
 
+    def export(self):
+        for k in range(2):
+            self.must("POST", "/api/v1/persistentvolumes", {
+                "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": f"shard-{k}"},
+                "spec": {"capacity": {"storage": "2Gi"}, "accessModes": ["ReadWriteOnce"], "hostPath": {"path": f"/shards/{k}"}, "storageClassName": ""}})
+        layers = [{"name": "front", "layers": {"begin": 0, "end": 4}}, {"name": "back", "layers": {"begin": 4, "end": 8}}]
+        self.make("shards", 2, stages={"list": layers}, weights={"mode": "Export", "size": "2Gi", "storageClassName": "", "template": {"image": "test/export:1"}})
+        jobs = "/apis/batch/v1/namespaces/default/jobs?labelSelector=qwenpipeline.dev/pipeline%3Dshards"
+        self.within("shards: a claim and a Job a stage", 5, lambda: len(self.must("GET", jobs)["items"]) == 2, lambda: self.condition("shards"))
+        self.within("and no pod of a group before they are complete", 5, lambda: self.condition("shards")["reason"] == "Exporting" and not self.pods("shards"),
+                    lambda: (self.condition("shards"), self.names("shards")))
+        pods = "/api/v1/namespaces/default/pods?labelSelector=app.kubernetes.io/component%3Dexport"
+        self.within("the Jobs' pods run", 20, lambda: [p["status"]["phase"] for p in self.must("GET", pods)["items"]] == ["Running"] * 2, lambda: self.must("GET", pods)["items"])
+        self.cluster.signal("fakelet", signal.SIGSTOP)  # it would say that they run still
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        for pod in self.must("GET", pods)["items"]:
+            ended = {"name": "export", "image": "test/export:1", "imageID": "", "ready": False, "restartCount": 0,
+                     "state": {"terminated": {"exitCode": 0, "reason": "Completed", "startedAt": now, "finishedAt": now}}}
+            self.must("PATCH", f"/api/v1/namespaces/default/pods/{pod['metadata']['name']}/status", {"status": {"phase": "Succeeded", "containerStatuses": [ended]}}, MERGE)
+        self.within("when they are complete the group begins", 15, lambda: len(self.names("shards")) == 3, lambda: self.condition("shards"))
+        self.check("and WeightsReady says so", self.condition("shards", "WeightsReady")["status"] == "True", self.condition("shards", "WeightsReady"))
+        mounted = [pod["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] for n, pod in sorted(self.pods("shards").items())]
+        self.check("its stages read their own claims, its head the checkpoint", mounted[0] == "weights" and mounted[1].startswith("shards-weights-")
+                   and mounted[1].endswith("-0") and mounted[2].endswith("-1"), mounted)
+        self.cluster.signal("fakelet", signal.SIGCONT)
+        self.within("it serves", 20, lambda: self.ready("shards"), lambda: self.condition("shards"))
+        self.remove("shards")
+        claims = "/api/v1/namespaces/default/persistentvolumeclaims?labelSelector=qwenpipeline.dev/pipeline%3Dshards"
+        self.within("deleted: claims, Jobs and their pods go with it", 60, lambda: not self.left("shards") and not self.must("GET", jobs)["items"]
+                    and not self.must("GET", claims)["items"] and not self.must("GET", pods)["items"], lambda: (self.left("shards"), self.must("GET", jobs)["items"]))
+
     def drain(self):
         self.cluster.signal("fakelet", signal.SIGSTOP)  # nothing that is deleted ends
         head, stage = self.names("even")
@@ -387,6 +419,11 @@ class Suite:
             self.remove(name)
         self.within("deletion leaves nothing", 30, lambda: not any(self.left(n) for n in ("digits", "two", "long")), lambda: self.left("long"))
 
+    def namespace_goes(self):
+        self.must("DELETE", "/api/v1/namespaces/tight")
+        self.within("a namespace goes with the pipeline in it", 60, lambda: self.call("GET", "/api/v1/namespaces/tight")[0] == 404,
+                    lambda: self.call("GET", "/api/v1/namespaces/tight")[1].get("status"))
+
     @staticmethod
     def http_ok(controller, path):
         try:
@@ -406,6 +443,7 @@ class Suite:
         self.wrong_spec()
         self.surge()
         self.gang()
+        self.export()
         self.drain()
         self.loss()
         self.crash_loop()
@@ -418,6 +456,7 @@ class Suite:
         print(f"     the controller holds {int(memory) / 1024:.1f} MiB after {first.writes():.0f} writes")
         second = self.killed_in_the_middle(first)
         self.handover(second)
+        self.namespace_goes()
 
 
 def main():

@@ -35,6 +35,17 @@ TEST(Group, IsCreatedOnceAndThenLeftAlone) {
   EXPECT_EQ(world.observed.previous.restarts, 0);
 }
 
+TEST(Group, ARevisionThatIsKnownIsNotWorkedOutAgain) {
+  World world;
+  world.Serve();
+  const Actions actions = MakePlan(world.observed, world.images, world.now);
+  EXPECT_EQ(actions.revision, world.observed.previous.groups[0].revision);
+  world.observed.revision = actions.revision;
+  EXPECT_EQ(MakePlan(world.observed, world.images, world.now).writes(world.observed), 0u);
+  world.observed.revision = "another";
+  EXPECT_EQ(MakePlan(world.observed, world.images, world.now).create_pods.size(), 3u) << "it is taken at its word";
+}
+
 TEST(Group, WhatACrashLeftHalfCreatedIsCompletedUnderTheSameEpoch) {
   World world;
   world.Step();
