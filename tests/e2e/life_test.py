@@ -173,6 +173,21 @@ def sleep_and_wake(world):
     world.check("with right answers", not world.answers_right(NS, "digits"), world.answers_right(NS, "digits"))
 
 
+def without_operator(world):
+    before = {name: pod["metadata"]["uid"] for name, pod in world.pods(NS, "digits").items()}
+    world.helm("uninstall", "qwen", "--namespace", "qwen-system", "--wait")
+    world.within("the operator is uninstalled: none runs", 30, lambda: not world.processes("qwen-controller"))
+    world.check("and the pipeline serves on", not world.answers_right(NS, "digits"), world.answers_right(NS, "digits"))
+    world.install("--set", f"images.stage.tag={NEXT}")
+    def leads():
+        return world.call("/apis/coordination.k8s.io/v1/namespaces/qwen-system/leases/qwen-controller")["spec"]["holderIdentity"].split("_")[0] in \
+            [env["QWEN_POD_NAME"] for _, _, env in world.processes("qwen-controller")]
+    world.within("installed again: a new one leads", 30, leads)
+    time.sleep(2)
+    after = {name: pod["metadata"]["uid"] for name, pod in world.pods(NS, "digits").items()}
+    world.check("and leaves every pod of it as it was", after == before and world.ready(NS, "digits"), (before, after))
+
+
 def end(world):
     world.kubectl("-n", NS, "delete", "qp", "digits", "--timeout=60s")
     for namespace, name in ((NS, "digits"), (NS, "gpu"), (NS, "bad"), ("tight", "many")):
@@ -186,7 +201,7 @@ def end(world):
 
 def main():
     with World(nodes=2) as world:
-        for step in (install, first_answer, trouble, crash_loop, upgrade, scale, sleep_and_wake, end):
+        for step in (install, first_answer, trouble, crash_loop, upgrade, scale, sleep_and_wake, without_operator, end):
             print(f"---- {step.__name__}", flush=True)
             step(world)
         world.invariants.end()
