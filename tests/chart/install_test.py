@@ -141,7 +141,7 @@ def check_install(checks, server, install):
     checks.that("without a warning of the API server", "Warning" not in text and "warning" not in text, text)
     for kind in ("deployment", "serviceaccount", "poddisruptionbudget", "networkpolicy"):
         checks.that(f"made the {kind}", server.exists("-n", "operators", kind, "demo-qwen-pipeline"))
-    status, text = server.kubectl("wait", "--for=condition=Established", "--timeout=20s", "crd/qwenpipelines.qwenpipeline.dev")
+    status, text = server.kubectl("wait", '--for=jsonpath={.status.conditions[?(@.type=="Established")].status}=True', "--timeout=20s", "crd/qwenpipelines.qwenpipeline.dev")
     checks.that("made the CRD", status == 0, text)
 
 
@@ -327,7 +327,7 @@ def check_monitoring(checks, server, install):
     status, text = install("operators", "local", CHART, values=values)
     checks.that("a cluster without the Prometheus operator is told so", status == 0 and f"{MONITORING} is not in this cluster" in text, text)
     server.apply(*MONITORING_CRDS)
-    server.kubectl("wait", "--for=condition=Established", "--timeout=20s", "crd/podmonitors.monitoring.coreos.com", "crd/prometheusrules.monitoring.coreos.com")
+    server.kubectl("wait", '--for=jsonpath={.status.conditions[?(@.type=="Established")].status}=True', "--timeout=20s", "crd/podmonitors.monitoring.coreos.com", "crd/prometheusrules.monitoring.coreos.com")
     status, text = install("operators", "local", CHART, values=values)
     checks.that("one that has it since is served", status == 0 and "is not in this cluster" not in text
                 and server.exists("-n", "operators", "podmonitors.monitoring.coreos.com", "local-qwen-pipeline-pipelines")

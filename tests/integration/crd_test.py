@@ -191,7 +191,7 @@ class Suite:
         collection = "/apis/qwenpipeline.dev/v1alpha1/namespaces/default/qwenpipelines"
         code, text = self.kubectl("apply", "-f", str(ROOT / "crds/qwenpipeline.yaml"))
         self.check("the resource definition is accepted", code == 0, text)
-        code, text = self.kubectl("wait", "--for=condition=Established", "--timeout=20s", "crd/qwenpipelines.qwenpipeline.dev")
+        code, text = self.kubectl("wait", '--for=jsonpath={.status.conditions[?(@.type=="Established")].status}=True', "--timeout=20s", "crd/qwenpipelines.qwenpipeline.dev")
         self.check("and established", code == 0, text)
         _, crd = self.call("GET", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/qwenpipelines.qwenpipeline.dev")
         states = {c["type"]: c["status"] for c in crd["status"]["conditions"]}

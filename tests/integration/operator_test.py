@@ -145,7 +145,7 @@ class Suite:
         def run(*args):
             return subprocess.run([*kubectl, *args], capture_output=True, text=True, check=True).stdout
         run("apply", "-f", str(ROOT / "crds/qwenpipeline.yaml"))
-        run("wait", "--for=condition=Established", "crd/qwenpipelines.qwenpipeline.dev", "--timeout=30s")
+        run("wait", '--for=jsonpath={.status.conditions[?(@.type=="Established")].status}=True', "crd/qwenpipelines.qwenpipeline.dev", "--timeout=30s")
         size = {"storage": "1Gi"}
         self.must("POST", "/api/v1/persistentvolumes", {
             "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "weights"},
