@@ -75,6 +75,7 @@ PipelineStatus ParseStatus(std::string_view text) {
     if (const auto served = item.find("served"); served != item.end()) group.served = *served == true;
     if (const auto next = item.find("next"); next != item.end() && next->is_object())
       group.next = IncomingGroup{Get<int64_t>(*next, "epoch"), Get<std::string>(*next, "revision"), PhaseOf(*next), TimeOf(Get<std::string>(*next, "since"))};
+    group.unready_since_seconds = TimeOf(Get<std::string>(item, "unreadySince"));
     group.retiring_epoch = Get<int64_t>(item, "retiringEpoch");
     group.refused_revision = Get<std::string>(item, "refusedRevision");
     status.groups.push_back(std::move(group));
@@ -97,6 +98,7 @@ std::string StatusToJson(const PipelineStatus& s) {
     if (group.last_failure_seconds != 0) item["lastFailureTime"] = TimeText(group.last_failure_seconds);
     if (!group.last_failure_message.empty()) item["lastFailureMessage"] = group.last_failure_message;
     if (group.served) item["served"] = true;
+    if (group.unready_since_seconds != 0) item["unreadySince"] = TimeText(group.unready_since_seconds);
     if (group.next)
       item["next"] = {{"epoch", group.next->epoch}, {"revision", group.next->revision}, {"phase", GroupPhaseName(group.next->phase)},
                       {"since", TimeText(group.next->since_seconds)}};

@@ -42,6 +42,7 @@ struct GroupRecord {
   int64_t last_failure_seconds = 0;
   std::string last_failure_message;
   bool served = false;            // all its pods were ready at once, under this epoch
+  int64_t unready_since_seconds = 0;  // since when one that served does not; by this controller's clock, not the nodes'
   std::optional<IncomingGroup> next;
   int64_t retiring_epoch = 0;     // of the last group that this one took over from; its head drains before its stages go
   std::string refused_revision;   // given up beside a group that serves

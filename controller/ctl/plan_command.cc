@@ -42,7 +42,12 @@ Result<int> PlanOrStatus(const PlanFlags& flags) {
     }
     if (flags.max_model_len) spec.model.max_model_len = flags.max_model_len;
     // A claim cannot be read from here; a model of a known name needs no checkpoint.
-    shape = spec.model.source.path ? contract::LoadModelShape(*spec.model.source.path) : contract::NamedModelShape(spec.model.id);
+    if (!spec.model.shape.empty()) {
+      shape = contract::NamedModelShape(spec.model.shape);
+    } else {
+      shape = spec.model.source.path ? contract::LoadModelShape(*spec.model.source.path) : contract::NamedModelShape(spec.model.id);
+    }
+    if (!memory && spec.stages.gpu_memory_gb) memory = int64_t{*spec.stages.gpu_memory_gb} * 1'000'000'000 * spec.stages.gpus_per_stage;
   } else if (!flags.model.empty()) {
     shape = contract::NamedModelShape(flags.model);
   }

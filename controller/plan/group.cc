@@ -116,6 +116,7 @@ class Planner {
       record().revision = pod->revision;
       record().phase = GroupPhase::kForming;
       record().served = false;
+      record().unready_since_seconds = 0;
       record().next.reset();
     }
     if (plan_.record && input_.spec_changed) {
@@ -158,6 +159,7 @@ class Planner {
     record().revision = input_.revision;
     record().phase = GroupPhase::kForming;
     record().served = false;
+    record().unready_since_seconds = 0;
     plan_.heads_ready = plan_.stages_ready = 0;
     CreateAll(record().epoch);
   }
@@ -306,6 +308,7 @@ class Planner {
     record().phase = record().next->phase;
     record().failures = 0;
     record().served = false;
+    record().unready_since_seconds = 0;
     record().next.reset();
     members_ = std::move(coming);
     Count();
@@ -360,16 +363,21 @@ class Planner {
   // A process that runs and does not get ready, or that stopped being ready and does not come back. One that hangs altogether is
   // ended by its liveness probe before that.
   std::optional<Problem> FindHang() {
+    const bool served = record().served;
+    const int64_t patience = served ? std::max<int64_t>(kUnreadySecondsMin, 6 * int64_t{pipeline_.spec.restart.stall_timeout_seconds}) : 0;
+    bool all_ready = true;
     for (const ObservedPod* pod : members_.current) {
       if (pod == nullptr || pod->ready || pod->phase != PodPhase::kRunning || !pod->node_trouble.empty()) continue;
-      const int64_t since = record().served ? pod->ready_changed_seconds : pod->started_seconds;
-      if (since == 0) continue;
-      const int64_t patience = record().served ? std::max<int64_t>(kUnreadySecondsMin, 6 * int64_t{pipeline_.spec.restart.stall_timeout_seconds})
-                                               : StartupSeconds(pipeline_.spec);
-      if (input_.now_seconds >= since + patience)
-        return Problem{false, "pod " + pod->name + (record().served ? " stopped being ready and was not again in " : " was not ready in ") + std::to_string(patience) + " s"};
-      Wake(since + patience);
+      all_ready = false;
+      if (served && record().unready_since_seconds == 0) record().unready_since_seconds = input_.now_seconds;
+      if (!served && pod->started_seconds == 0) continue;
+      const int64_t seconds = served ? patience : StartupSeconds(pipeline_.spec);
+      const int64_t due = (served ? record().unready_since_seconds : pod->started_seconds) + seconds;
+      if (input_.now_seconds >= due)
+        return Problem{false, "pod " + pod->name + (served ? " is not ready, and its group does not serve for " : " was not ready in ") + std::to_string(seconds) + " s"};
+      Wake(due);
     }
+    if (all_ready) record().unready_since_seconds = 0;
     return std::nullopt;
   }
 

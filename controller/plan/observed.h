@@ -26,7 +26,6 @@ struct ObservedPod {
   std::string revision;
   PodPhase phase = PodPhase::kPending;
   bool ready = false;
-  int64_t ready_changed_seconds = 0;  // when `ready` last changed; 0: never said
   int64_t started_seconds = 0;        // its container; 0: it does not run
   bool deleting = false;
   int64_t gone_by_seconds = 0;  // when deleting: the end of its grace period

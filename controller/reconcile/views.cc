@@ -55,10 +55,7 @@ void ReadConditions(const Json& object, plan::ObservedPod& pod) {
   for (const Json& condition : *conditions) {
     const bool value = StringAt(condition, "/status") == "True";
     const std::string type = StringAt(condition, "/type");
-    if (type == "Ready") {
-      pod.ready = value;
-      pod.ready_changed_seconds = Seconds(StringAt(condition, "/lastTransitionTime"));
-    }
+    if (type == "Ready") pod.ready = value;
     if (type == "PodScheduled" && !value && StringAt(condition, "/reason") == "Unschedulable") {
       pod.unschedulable = true;
       pod.message = StringAt(condition, "/message");

@@ -145,7 +145,9 @@ class Suite:
         def run(*args):
             return subprocess.run([*kubectl, *args], capture_output=True, text=True, check=True).stdout
         run("apply", "-f", str(ROOT / "crds/qwenpipeline.yaml"))
-        run("wait", '--for=jsonpath={.status.conditions[?(@.type=="Established")].status}=True', "crd/qwenpipelines.qwenpipeline.dev", "--timeout=30s")
+        definition = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/qwenpipelines.qwenpipeline.dev"
+        self.within("the definition is established", 30, lambda: any(c["type"] == "Established" and c["status"] == "True"
+                                                                   for c in self.must("GET", definition).get("status", {}).get("conditions") or []))
         size = {"storage": "1Gi"}
         self.must("POST", "/api/v1/persistentvolumes", {
             "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "weights"},
@@ -252,6 +254,9 @@ class Suite:
         code, text = run("diff", "digits", "--image-head", "test/head:1", "--image-stage", "test/stage:2")
         self.check("with another image: the pods that would be made", code == 0 and "+ Pod/digits-0-stage-3-2\n" in text and 'image: "test/stage:2"' in text, text)
         self.check("and nothing was done", sorted(self.pods("digits")) == ["digits-0-head-1"] + [f"digits-0-stage-{k}-1" for k in range(4)])
+        plugin = subprocess.run([str(kube.binaries() / "kubectl"), "qwenpipeline", "status", "--kubeconfig", str(self.cluster.dir / "admin.kubeconfig")],
+                                capture_output=True, text=True, timeout=30, env={**os.environ, "PATH": str(Path(qwenctl).resolve().parent) + ":" + os.environ["PATH"]})
+        self.check("kubectl qwenpipeline is the same", plugin.returncode == 0 and "AllReplicasReady" in plugin.stdout, plugin.stdout + plugin.stderr)
         code, text = run("status", "nobody")
         self.check("of none it says so", code == 1 and '"nobody" not found' in text, text)
 

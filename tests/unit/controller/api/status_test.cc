@@ -10,7 +10,7 @@ TEST(PipelineStatus, ReadsWhatItWrote) {
   const PipelineStatus status{.observed_generation = 3, .replicas = 2, .ready_replicas = 1, .selector = "a=b", .stages = "4/8", .epoch = 7, .restarts = 2,
                               .groups = {{.replica = 0, .epoch = 7, .revision = "r", .phase = GroupPhase::kDown, .failures = 2,
                                           .last_failure_seconds = 1767225600, .last_failure_message = "pod x ended"},
-                                         {.replica = 1, .epoch = 6, .revision = "r", .phase = GroupPhase::kFormed, .served = true,
+                                         {.replica = 1, .epoch = 6, .revision = "r", .phase = GroupPhase::kFormed, .served = true, .unready_since_seconds = 1767225603,
                                           .next = IncomingGroup{.epoch = 7, .revision = "s", .phase = GroupPhase::kFormed, .since_seconds = 1767225602}},
                                          {.replica = 2, .epoch = 5, .revision = "r", .phase = GroupPhase::kLeaving, .retiring_epoch = 4, .refused_revision = "t"}},
                               .conditions = {{.type = "Ready", .value = true, .reason = "R", .message = "m", .observed_generation = 3, .last_transition_seconds = 1767225601}}};
