@@ -19,7 +19,7 @@ KUBE = $$(cmake/deps.sh env | sed -n 's/^KUBE_BIN=//p')
 HELM = $$(cmake/deps.sh env | sed -n 's/^HELM_BIN=//p')
 configure = cmake --preset $(1) -DTORCH_SITE="$(SITE)" -DORACLE_PYTHON="$(ORACLE)" -DKUBE_BIN="$(KUBE)" -DHELM_BIN="$(HELM)" >build/$(1).log 2>&1 || { cat build/$(1).log; exit 1; }
 
-.PHONY: help deps deps-test build run test build-sanitized build-fuzz bench format clean
+.PHONY: help deps deps-test build run test build-sanitized build-fuzz bench bench-operator format clean
 help:  ## this text
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -54,6 +54,9 @@ test: deps-test build build-sanitized build-fuzz  ## unit, traces, parity agains
 
 bench: build  ## concurrency sweep of the demo pipeline: docs/benchmarks/cpu.json
 	@tests/bench/run
+
+bench-operator: deps-test build  ## 125 pipelines of 8 stages on 100 fake nodes, beside plain pods: docs/benchmarks/operator.json
+	@KUBE_BIN="$(KUBE)" tests/bench/operator
 
 format:  ## clang-format in place
 	@git ls-files '*.cc' '*.h' '*.cu' '*.cuh' | xargs clang-format -i
