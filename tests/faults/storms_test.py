@@ -168,7 +168,7 @@ class Storms:
             self.proxy.faults, self.proxy.done = faults, {}
             self.rage(expire=410 in faults.codes)
             done = {k: v for k, v in self.proxy.done.items() if k}
-            self.world.check(f"{what}: a storm it was: {done}", sum(done.values()) > 10, self.proxy.done)
+            self.world.check(f"{what}: a storm it was: {done}", sum(done.values()) > 5, self.proxy.done)
             self.quiet(what)
 
 
