@@ -265,8 +265,9 @@ current-context: test
     def ready(self):
         self.wait("API server", START_TIMEOUT_S, "kube-apiserver", lambda: self.call("/readyz") == "ok")
 
-    def start(self, names, apiserver_args, nodes=0, images=()):
-        """With real nodes the calling process is in the cluster's network afterwards. `images`: archives (image.py) that every node has."""
+    def start(self, names, apiserver_args, nodes=0, images=(), owner=None):
+        """With real nodes the calling process is in the cluster's network afterwards. `images`: archives (image.py) that every node has.
+        `owner`: a process with which the cluster ends, even when that is killed while this goes on."""
         if nodes and (missing := real.what_is_missing()):
             fail(f"no real nodes on this machine: {missing}")
         if nodes > real.NODES_MAX:
@@ -279,6 +280,8 @@ current-context: test
             if nodes:
                 self.make_images(images)
             self.state_file.write_text(json.dumps(self.state))
+        if owner:
+            self.stop_after(owner)
         if self.state["nodes"]:
             self.start_network()
             names = ["kube-controller-manager", "kube-scheduler", "clusterdns", *names]
@@ -400,9 +403,9 @@ def main():
         names = [n for n in args.extra.split(",") if n]
         if not set(names) <= set(ORDER):
             fail(f"unknown component in --with {args.extra}")
-        cluster.start(names, args.apiserver_arg, args.nodes, args.image)
+        cluster.start(names, args.apiserver_arg, args.nodes, args.image, args.owner)
         print(cluster.dir / "admin.kubeconfig", flush=True)
-        return cluster.stop_after(args.owner) if args.owner else None
+        return None
     if not cluster.state:
         fail(f"no cluster in {cluster.dir}")
     cluster.enter()

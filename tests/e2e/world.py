@@ -103,11 +103,10 @@ class World:
                 capable_or_exit()
                 images = make_images(Path(os.environ["E2E_PROGRAMS"].split()[1]).parents[1] / "images")
                 print(f"images after {time.monotonic() - self.started:.1f} s", flush=True)
-                self.cluster.start([], [], self.nodes, images)
+                self.cluster.start([], [], self.nodes, images, os.getpid())
             else:
-                self.cluster.start(["kube-controller-manager", "kube-scheduler", "fakelet"], [])
+                self.cluster.start(["kube-controller-manager", "kube-scheduler", "fakelet"], [], owner=os.getpid())
                 self.cluster.nodes(4)
-            self.cluster.stop_after(os.getpid())
             self.opener = self.cluster.opener()
             self.invariants = Invariants(self, deletes_fail=not self.nodes)
         except BaseException:
