@@ -1,6 +1,5 @@
-#include <cudaTypedefs.h>
-
 #include "stage/kernels/common/async.cuh"
+#include "stage/kernels/common/expert_map.cuh"
 #include "stage/kernels/common/launch.cuh"
 #include "stage/kernels/common/limits.h"
 #include "stage/kernels/common/wgmma_wide.cuh"
@@ -11,7 +10,7 @@ namespace {
 
 constexpr int kTokensMax = 192;  // of a tile: two accumulators of 64 x 192 fill a thread's registers
 constexpr int kStep = 16;        // a tile's tokens are a multiple of it
-constexpr int kChunk = 64;       // columns of a step: 128 bytes, the width of the swizzle
+constexpr int kChunk = kExpertMapColumns;  // columns of a step
 constexpr int kStages = 3;
 constexpr int kGroup = 128;         // threads of a warpgroup
 constexpr int kThreads = 3 * kGroup;  // one loads, two multiply
@@ -257,27 +256,11 @@ cudaError_t LaunchGrouped(const CUtensorMap& map, const GroupedArgs& args, cudaS
   return Launch(MoeGroupedKernel<kGateUp>, {.grid = dim3(multiprocessors), .block = dim3(kThreads), .shared_bytes = sizeof(Shared) + 1024}, stream, map, args);
 }
 
-// A matrix (experts, halves, rows, columns) in boxes of 64 columns and 128 rows, or 64 rows of each half.
-cudaError_t MakeMap(const __nv_bfloat16* weights, int columns, int rows, int halves, int experts, CUtensorMap* out) {
-  void* entry = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  if (cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found); e != cudaSuccess) return e;
-  if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-  const auto encode = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
-  const cuuint64_t row_bytes = static_cast<cuuint64_t>(columns) * 2;
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(halves), static_cast<cuuint64_t>(experts)};
-  const cuuint64_t strides[3] = {row_bytes, row_bytes * rows, row_bytes * rows * halves};
-  const cuuint32_t box[4] = {kChunk, static_cast<cuuint32_t>(128 / halves), static_cast<cuuint32_t>(halves), 1}, steps[4] = {1, 1, 1, 1};
-  const CUresult result = encode(out, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<__nv_bfloat16*>(weights), sizes, strides, box, steps,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
 }  // namespace
 
 cudaError_t MakeMoeGroupedWeights(const MoeShapeArgs& shape, const __nv_bfloat16* gate_up, const __nv_bfloat16* down, MoeGroupedWeights* out) {
-  if (cudaError_t e = MakeMap(gate_up, shape.hidden, shape.inter, 2, shape.experts, &out->gate_up); e != cudaSuccess) return e;
-  return MakeMap(down, shape.inter, shape.hidden, 1, shape.experts, &out->down);
+  if (cudaError_t e = MakeExpertMap(gate_up, shape.hidden, shape.inter, 2, shape.experts, 128, &out->gate_up); e != cudaSuccess) return e;
+  return MakeExpertMap(down, shape.inter, shape.hidden, 1, shape.experts, 128, &out->down);
 }
 
 cudaError_t MoeGroupedGateUp(const MoeShapeArgs& shape, const __nv_bfloat16* x, const MoeGroupedWeights& weights, const MoePermutation& permutation,

@@ -1,6 +1,5 @@
-#include <cudaTypedefs.h>
-
 #include "stage/kernels/common/async.cuh"
+#include "stage/kernels/common/expert_map.cuh"
 #include "stage/kernels/common/launch.cuh"
 #include "stage/kernels/common/limits.h"
 #include "stage/kernels/moe_stream.h"
@@ -9,7 +8,7 @@ namespace qwen::kernels {
 namespace {
 
 constexpr int kRows = 64;     // weight rows of a tile: of gate-up 32 gate rows, then the 32 up rows that go with them
-constexpr int kChunk = 64;    // columns of a step: 128 bytes, the width of the swizzle
+constexpr int kChunk = kExpertMapColumns;  // columns of a step
 constexpr int kConsumers = 128;
 constexpr int kThreads = kConsumers + 32;  // and the warp that loads
 constexpr int kWeightBytes = kRows * kChunk * 2;
@@ -176,27 +175,11 @@ cudaError_t Dispatch(const CUtensorMap& map, const StreamArgs& args, cudaStream_
   return LaunchStream<kGateUp, 64>(map, args, stream);
 }
 
-// A matrix (experts, halves, rows, columns) in boxes of 64 columns and 64 rows, or 32 rows of each half.
-cudaError_t MakeMap(const __nv_bfloat16* weights, int columns, int rows, int halves, int experts, CUtensorMap* out) {
-  void* entry = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  if (cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found); e != cudaSuccess) return e;
-  if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-  const auto encode = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
-  const cuuint64_t row_bytes = static_cast<cuuint64_t>(columns) * 2;
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(halves), static_cast<cuuint64_t>(experts)};
-  const cuuint64_t strides[3] = {row_bytes, row_bytes * rows, row_bytes * rows * halves};
-  const cuuint32_t box[4] = {kChunk, static_cast<cuuint32_t>(kRows / halves), static_cast<cuuint32_t>(halves), 1}, steps[4] = {1, 1, 1, 1};
-  const CUresult result = encode(out, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<__nv_bfloat16*>(weights), sizes, strides, box, steps,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
 }  // namespace
 
 cudaError_t MakeMoeStreamWeights(const MoeShapeArgs& shape, const __nv_bfloat16* gate_up, const __nv_bfloat16* down, MoeStreamWeights* out) {
-  if (cudaError_t e = MakeMap(gate_up, shape.hidden, shape.inter, 2, shape.experts, &out->gate_up); e != cudaSuccess) return e;
-  return MakeMap(down, shape.inter, shape.hidden, 1, shape.experts, &out->down);
+  if (cudaError_t e = MakeExpertMap(gate_up, shape.hidden, shape.inter, 2, shape.experts, kRows, &out->gate_up); e != cudaSuccess) return e;
+  return MakeExpertMap(down, shape.inter, shape.hidden, 1, shape.experts, kRows, &out->down);
 }
 
 cudaError_t MoeStreamGateUp(const MoeShapeArgs& shape, const __nv_bfloat16* x, const MoeStreamWeights& weights, const MoeRouting& routing,
