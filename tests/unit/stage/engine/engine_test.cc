@@ -300,9 +300,7 @@ TEST(Scheduler, CutsPromptsSoThatAllStagesHaveWork) {
                          .max_sequence_tokens = 131'072,
                          .vocab_size = kVocab},
                         stages);
-    Request request = Text(1, 8, 5);
-    request.tokens.assign(static_cast<size_t>(tokens), 1);
-    scheduler.Add(std::move(request), 0);
+    scheduler.Add(Text(1, tokens, 5), 0);
     std::vector<size_t> sizes;
     while (const auto step = scheduler.Schedule(0)) sizes.push_back(step->plan.spans.at(0).tokens.size());
     return sizes;
