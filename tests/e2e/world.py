@@ -249,13 +249,20 @@ class World:
         return answer["choices"][0]["message"]["content"]
 
     def answers_right(self, namespace, name, count=3, node=None):
-        """[] when the first `count` pictures are answered as transformers does; else what is wrong."""
-        wrong = []
+        """[] when the first `count` pictures are answered as transformers does; else what is wrong.
+
+        A node refuses a Service's connections until its kube-proxy has heard that a pod is ready: that is waited for, 5 s at most.
+        """
+        wrong, patience = [], time.monotonic() + 5
         for file, expected in pictures()[:count]:
-            try:
-                answer = self.ask(namespace, name, file, node)
-            except (OSError, ValueError, KeyError) as e:
-                answer = repr(e)
+            while True:
+                try:
+                    answer = self.ask(namespace, name, file, node)
+                except (OSError, ValueError, KeyError) as e:
+                    answer = repr(e)
+                if "Connection refused" not in answer or time.monotonic() > patience:
+                    break
+                time.sleep(0.2)
             if answer != expected:
                 wrong.append((file.name, expected, answer))
         return wrong
