@@ -1,5 +1,5 @@
 // stage/kernels/moe_prefill.h — what stands around the two grouped products of a MoE block for many tokens.
-//   MoePermute -> GatherRows (embedding.h, by source) -> grouped product -> SiluMul -> grouped product -> MoePrefillCombine
+//   MoePermute -> MoeGroupedGateUp -> MoeGroupedDown (moe_grouped.h) -> MoePrefillCombine
 // Rounding is that of moe_decode.h. An assignment is a = token * top_k + rank; sorted rows are the assignments by expert,
 // in order of a within one, so results repeat bit for bit. No host synchronisation, safe in graph capture.
 #pragma once
