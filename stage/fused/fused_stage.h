@@ -84,6 +84,8 @@ class FusedStage final : public model::StageBackend {
   cudaGraphExec_t CaptureDecode(int64_t tokens, int64_t table_stride);
   void EnqueueDecode(int64_t tokens, int64_t table_stride);  // allocates nothing, so that it can be captured as it is
   void DecodeLinear(const at::Tensor& x, const at::Tensor& weight, at::Tensor& y, int64_t tokens, const at::Tensor* residual);
+  void DecodeNorm(const at::Tensor& weight, int64_t tokens);
+  void EnqueueLayer(const Layer& layer, int64_t tokens, int64_t table_stride);
   void DecodeMlp(const Layer& layer, int64_t tokens);
   // Adds the block to `hidden` (in place) and returns it. `normed`: hidden after the post-attention norm.
   at::Tensor PrefillMlp(const Layer& layer, at::Tensor hidden, const at::Tensor& normed);

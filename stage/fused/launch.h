@@ -1,0 +1,32 @@
+// stage/fused/launch.h — what the backend's files share: from tensors to the kernels' pointers and sizes. Private to this folder.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include "stage/contract/model_shape.h"
+#include "stage/kernels/common/limits.h"
+#include "stage/kernels/moe_decode.h"
+
+namespace qwen::fused {
+
+inline constexpr int64_t kDim = kernels::kHeadDim;
+inline constexpr int64_t kTableStrideMin = 16;
+
+// A kernel's pointer to a tensor. The sizes were checked once (Unfit, and the shapes that Bind gives).
+inline __nv_bfloat16* Bf16(const at::Tensor& tensor) { return static_cast<__nv_bfloat16*>(tensor.data_ptr()); }
+inline int32_t* Int32(const at::Tensor& tensor) { return static_cast<int32_t*>(tensor.data_ptr()); }
+inline void Must(cudaError_t error, const char* what) { TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error)); }
+// A kernel's launch; throws what LibTorch throws.
+#define KERNEL(call) Must(kernels::call, #call)
+
+inline kernels::MoeShapeArgs MoeArgs(const contract::ModelShape& shape, int64_t tokens) {
+  return {.tokens = static_cast<int>(tokens),
+          .hidden = shape.hidden,
+          .inter = shape.moe->intermediate,
+          .experts = shape.moe->experts,
+          .top_k = shape.moe->experts_per_token};
+}
+
+}  // namespace qwen::fused
