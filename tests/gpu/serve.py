@@ -22,7 +22,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,13 +66,6 @@ def digits(qwenctl: str, stages: int, extra: dict) -> tuple[int, int]:
     with served.Pipeline(qwenctl, spec) as pipeline, ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda p: ask(pipeline, p), pictures))
     return sum(path.stem.split("-")[1] in answer for path, answer in zip(pictures, answers)), len(pictures)
-
-
-def metric(url: str, name: str) -> float:
-    """The sum over labels of one series of the head's /metrics."""
-    with urllib.request.urlopen(url + "/metrics", timeout=10) as response:
-        lines = response.read().decode().splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(re.escape(name) + r"(\{|\s)", line))
 
 
 def resident_mib(pid: int) -> float:
@@ -132,7 +124,7 @@ def soak(pipeline, seconds: float, row, name: str) -> list[str]:
     wrong = [f"soak: {len(failed)} requests failed, the first: {failed[0]}"] if failed else []
     time.sleep(1)
     for gauge in ("qwen_requests_running", "qwen_requests_waiting"):
-        if metric(pipeline.url, gauge) != 0:
+        if pipeline.metrics()[gauge] != 0:
             wrong.append(f"soak: {gauge} did not return to 0")
     return wrong
 
@@ -200,11 +192,11 @@ def main() -> int:
                         first, rest = min(run(1) for _ in range(2)), min(run(output) for _ in range(2))
                         row(case + ".decode", "tok/s", round(clients * (output - 1) / (rest - first), 1))
                     series = {name: f"qwen_{name}_seconds" for name in ("time_to_first_token", "inter_token_latency")}
-                    before = {n: [metric(pipeline.url, s + end) for end in ("_sum", "_count")] for n, s in series.items()}
-                    seconds = run(output)
+                    before = pipeline.metrics()
+                    seconds, after = run(output), pipeline.metrics()
                     row(case + ".total", "tok/s in and out", round(clients * (prompt + output) / seconds, 1))
                     for n, s in series.items():
-                        total, count = (metric(pipeline.url, s + end) - old for end, old in zip(("_sum", "_count"), before[n]))
+                        total, count = (after[s + end] - before[s + end] for end in ("_sum", "_count"))
                         row(f"{case}.{n}", "ms", round(total / max(count, 1) * 1e3, 3))
                 if args.soak > 0:
                     wrong += soak(pipeline, args.soak, row, f"{args.shape}.stages{stages}")

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,14 +117,6 @@ def ask(pipeline: Pipeline, job: Job) -> tuple:
     return answer.get("prompt_token_ids") or choice["prompt_token_ids"], choice["token_ids"]
 
 
-def metrics(pipeline: Pipeline) -> dict:
-    """The head's samples, without the label that names the model."""
-    with urllib.request.urlopen(pipeline.url + "/metrics", timeout=30) as response:
-        lines = [line.decode().split() for line in response if not line.startswith(b"#")]
-    tidy = lambda name: name.replace('model_name="parity"', "").replace("{,", "{").replace(",}", "}").replace("{}", "")
-    return {tidy(name): float(value) for name, value in lines}
-
-
 class Watch(threading.Thread):
     """The greatest values of the gauges while requests run: a test of crowding must have been crowded."""
 
@@ -135,7 +126,7 @@ class Watch(threading.Thread):
 
     def run(self):
         while not self.done.wait(0.05):
-            now = metrics(self.pipeline)
+            now = self.pipeline.metrics()
             self.most = {name: max(value, now[name]) for name, value in self.most.items()}
 
     def __enter__(self):
@@ -156,7 +147,7 @@ def not_quiet(pipeline: Pipeline) -> list:
     """Clients that went away are noticed and cancelled within moments; then nothing may be left."""
     deadline = time.monotonic() + QUIET_SECONDS
     while True:
-        now = metrics(pipeline)
+        now = pipeline.metrics()
         left = [f"{name} is {now[name]:g}" for name in QUIET if now[name]]
         if not left or time.monotonic() > deadline:
             return left
@@ -203,10 +194,10 @@ def main() -> int:
             with Watch(pipeline) as watch:
                 crowded = at_once(pipeline, jobs)
             failures += [f"after 64 at once: {left}" for left in not_quiet(pipeline)]
-            preempted = metrics(pipeline)["qwen_engine_preemptions_total"]
+            preempted = pipeline.metrics()["qwen_engine_preemptions_total"]
             again = at_once(pipeline, jobs)
             failures += [f"after 64 more: {left}" for left in not_quiet(pipeline)]
-            from_cache = metrics(pipeline)["qwen_prefix_cache_hits_total"]
+            from_cache = pipeline.metrics()["qwen_prefix_cache_hits_total"]
         failures += different("at once", jobs, alone, crowded) + different("again", jobs, alone, again)
         crowding = watch.most | {"preemptions": preempted, "prompt tokens from the prefix cache": from_cache}
         failures += [f"not crowded enough to show anything: {name} never above 0" for name, most in crowding.items() if not most]

@@ -77,6 +77,13 @@ class Pipeline:
         except urllib.error.HTTPError as e:
             raise RuntimeError(f"{path}: {e.code} {e.read().decode()[:500]}") from e
 
+    def metrics(self) -> dict[str, float]:
+        """The head's samples, without the label that names the model."""
+        with urllib.request.urlopen(self.url + "/metrics", timeout=30) as response:
+            lines = [line.decode().split() for line in response if not line.startswith(b"#")]
+        tidy = lambda name: name.replace('model_name="parity"', "").replace("{,", "{").replace(",}", "}").replace("{}", "")  # noqa: E731
+        return {tidy(name): float(value) for name, value in lines}
+
 
 def data_url(path: Path, kind: str = "image/png") -> str:
     return f"data:{kind};base64," + base64.b64encode(path.read_bytes()).decode()
