@@ -345,17 +345,20 @@ Result<std::unique_ptr<EdgeReceiver>> EdgeListener::Accept(const EdgeIdentity& i
 Result<std::unique_ptr<EdgeSender>> DialEdge(const Endpoint& endpoint, const Secret& secret, const EdgeIdentity& identity,
                                              OnTransfer on_transfer, Deadline deadline, const Interrupt& interrupt,
                                              EdgeTransport& transport) {
+  Status refusal;  // the last one that says why; a deadline that ends the attempt after it knows less
   for (auto backoff = std::chrono::microseconds(kDialBackoffMin);; backoff = std::min<std::chrono::microseconds>(backoff * 2, kDialBackoffMax)) {
     auto socket = DialOnce(endpoint, secret, identity, deadline, interrupt);
     if (socket.ok()) {
       return transport.MakeSender(std::move(socket).value(), identity, std::move(on_transfer), deadline, interrupt);
     }
     const StatusCode code = socket.status().code();
+    if (code != StatusCode::kDeadlineExceeded || refusal.ok()) refusal = socket.status();
     // kDataLoss and kInternal too: the port may for a moment belong to somebody else while the stage restarts.
     const bool final = code == StatusCode::kFailedPrecondition || code == StatusCode::kUnauthenticated ||
                        code == StatusCode::kCancelled || code == StatusCode::kInvalidArgument;
     if (final || std::chrono::steady_clock::now() + backoff >= deadline) {
-      return socket.status().WithContext("stage " + std::to_string(identity.to) + " at " + ToString(endpoint));
+      const Status& why = final ? socket.status() : refusal;
+      return why.WithContext("stage " + std::to_string(identity.to) + " at " + ToString(endpoint));
     }
     RETURN_IF_ERROR(SleepUntil(DeadlineIn(backoff), interrupt));
   }

@@ -88,7 +88,8 @@ class EdgeListener {
 };
 
 // The sending end. Tries again with back-off (20 ms … 1 s) while the next stage is not there yet, until `deadline`.
-// kFailedPrecondition when it says that this epoch is over, kUnauthenticated when the secrets differ.
+// kFailedPrecondition when it says that this epoch is over, kUnauthenticated when the secrets differ; at the deadline what the last
+// attempt that was answered said, or kDeadlineExceeded when none was.
 Result<std::unique_ptr<EdgeSender>> DialEdge(const Endpoint& endpoint, const Secret& secret, const EdgeIdentity& identity,
                                              OnTransfer on_transfer, Deadline deadline, const Interrupt& interrupt,
                                              EdgeTransport& transport = TcpEdges());

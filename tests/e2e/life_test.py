@@ -46,14 +46,15 @@ def unscheduled(world, namespace, name):
 
 @contextmanager
 def forwarded(world, namespace, service, port):
-    """kubectl port-forward, as in docs/install.md."""
-    process = subprocess.Popen(["kubectl", "-n", namespace, "port-forward", f"service/{service}", f"{port}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    """kubectl port-forward, as in docs/install.md, but from whatever port of this machine is free."""
+    process = subprocess.Popen(["kubectl", "-n", namespace, "port-forward", f"service/{service}", f":{port}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True, env=world.environment())
     try:
         line = process.stdout.readline()
-        if "Forwarding" not in line:
+        local = re.match(r"Forwarding from 127\.0\.0\.1:(\d+)", line)
+        if not local:
             raise OSError(line)
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{local[1]}"
     finally:
         process.kill()
         process.wait()
