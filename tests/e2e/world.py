@@ -24,7 +24,9 @@ import image  # noqa: E402
 import nodes as real  # noqa: E402
 from helm_chart import CHART, tool  # noqa: E402
 
+SLOWNESS = float(os.environ.get("SLOWNESS", "1"))  # of programs that are built with a sanitizer: every limit is so much longer
 PATIENCE_S = 120  # a machine that compiles beside the test; what is asserted about speed has its own limit
+PROXY_S = 30  # for kube-proxy to hear of a pod on such a machine; an idle one needs less than one
 VERSION, NEXT = "0.1.0", "0.1.1"  # the chart's appVersion, which is the tag that it asks for; and the same images under a tag to upgrade to
 SKIPPED = 77  # ctest's SKIP_RETURN_CODE of these tests
 PIPELINES = "/apis/qwenpipeline.dev/v1alpha1"
@@ -88,12 +90,12 @@ def post(url, body, timeout=60):
 
 class World:
     """The cluster and what a person does with it. Use as a context; everything is gone afterwards. `nodes` real ones; 0: fake ones,
-    where pods are words of the API only and the test brings its operator itself."""
+    where pods are words of the API only and the test brings its operator itself. `look_s`: between two looks of the Invariants."""
 
-    def __init__(self, nodes):
+    def __init__(self, nodes, look_s=0.25, **invariants):
         self.started = time.monotonic()
         self.passed = self.failed = 0
-        self.nodes = nodes
+        self.nodes, self.look_s, self.kept = nodes, look_s, invariants
 
     def __enter__(self):
         self.folder = Path(tempfile.mkdtemp(prefix="e2e."))
@@ -108,7 +110,7 @@ class World:
                 self.cluster.start(["kube-controller-manager", "kube-scheduler", "fakelet"], [], owner=os.getpid())
                 self.cluster.nodes(4)
             self.opener = self.cluster.opener()
-            self.invariants = Invariants(self, deletes_fail=not self.nodes)
+            self.invariants = Invariants(self, deletes_fail=not self.nodes, **self.kept)
         except BaseException:
             self.cluster.stop()
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -139,18 +141,18 @@ class World:
 
     def within(self, what, limit_s, met, details=lambda: "", patience_s=PATIENCE_S):
         """Waits for met(); it must be true within limit_s. Returns the seconds that it took. Whatever fails meanwhile is not yet true."""
-        start = time.monotonic()
+        start, limit_s = time.monotonic(), limit_s * SLOWNESS
         while not (good := self.holds(met)) and time.monotonic() - start < max(limit_s, patience_s):
             time.sleep(0.1)
         took = time.monotonic() - start
-        self.check(f"{what} ({took:.1f} s)", good and took <= limit_s, f"limit {limit_s} s; {self.attempt(details)}")
+        self.check(f"{what} ({took:.1f} s)", good and took <= limit_s, f"limit {limit_s:g} s; {self.attempt(details)}")
         return took
 
     @staticmethod
     def holds(met):
         try:
             return met()
-        except (OSError, KeyError, IndexError, ValueError, subprocess.CalledProcessError):
+        except (OSError, KeyError, IndexError, ValueError, subprocess.SubprocessError):
             return False
 
     @staticmethod
@@ -169,7 +171,7 @@ class World:
     def kubectl(self, *arguments, check=True, stdin=None, timeout=90):
         return subprocess.run(["kubectl", *map(str, arguments)], input=stdin, capture_output=True, text=True, check=check, timeout=timeout, env=self.environment())
 
-    def helm(self, *arguments, timeout=120):
+    def helm(self, *arguments, timeout=300):
         done = subprocess.run(["helm", *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=self.environment())
         if done.returncode:
             raise OSError(f"helm {' '.join(map(str, arguments))}: {done.stderr}")
@@ -181,13 +183,13 @@ class World:
     def call(self, path, method="GET", body=None, content_type="application/json"):
         request = urllib.request.Request(self.cluster.server + path, method=method, data=None if body is None else json.dumps(body).encode(),
                                          headers={"Content-Type": content_type})
-        with self.opener.open(request, timeout=10) as answer:
+        with self.opener.open(request, timeout=30) as answer:
             return json.loads(answer.read())
 
     def install(self, *more):
         self.helm("upgrade", "--install", "qwen", CHART, "--namespace", "qwen-system", "--create-namespace", "--set", "images.controller.repository=localhost/qwen-controller",
                   "--set", "images.head.repository=localhost/qwen-head", "--set", "images.stage.repository=localhost/qwen-stage", *more)
-        self.kubectl("-n", "qwen-system", "rollout", "status", "deployment/qwen-qwen-pipeline", "--timeout=90s", timeout=100)
+        self.kubectl("-n", "qwen-system", "rollout", "status", "deployment/qwen-qwen-pipeline", "--timeout=240s", timeout=250)
 
     def namespace(self, name, **labels):
         self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
@@ -204,7 +206,7 @@ class World:
                              "claimRef": {"namespace": namespace, "name": name}}},
                    {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name, "namespace": namespace},
                     "spec": {**common, "volumeName": f"{namespace}-{name}", "resources": {"requests": {"storage": "1Gi"}}}})
-        self.kubectl("-n", namespace, "wait", "--for=jsonpath={.status.phase}=Bound", f"pvc/{name}", "--timeout=60s")
+        self.kubectl("-n", namespace, "wait", "--for=jsonpath={.status.phase}=Bound", f"pvc/{name}", f"--timeout={PATIENCE_S}s", timeout=PATIENCE_S + 10)
         return folder
 
     @staticmethod
@@ -251,9 +253,9 @@ class World:
     def answers_right(self, namespace, name, count=3, node=None):
         """[] when the first `count` pictures are answered as transformers does; else what is wrong.
 
-        A node refuses a Service's connections until its kube-proxy has heard that a pod is ready: that is waited for, 5 s at most.
+        A node refuses a Service's connections until its kube-proxy has heard that a pod is ready: that is waited for.
         """
-        wrong, patience = [], time.monotonic() + 5
+        wrong, patience = [], time.monotonic() + PROXY_S
         for file, expected in pictures()[:count]:
             while True:
                 try:
@@ -266,6 +268,10 @@ class World:
             if answer != expected:
                 wrong.append((file.name, expected, answer))
         return wrong
+
+    def answers(self, what, namespace, name, count=3):
+        wrong = self.answers_right(namespace, name, count)
+        self.check(what, not wrong, wrong)
 
     def processes(self, program="qwen-head|qwen-stage"):
         """[(node, pid, environment)] of what really runs on the nodes, whatever the API says."""
@@ -286,10 +292,11 @@ class World:
 
 
 class Asker:
-    """Asks the digits of a pipeline through its Service, again and again. Refused is allowed while something is broken; wrong never is."""
+    """Asks the digits of a pipeline through its Service, again and again. Refused is allowed while something is broken; wrong never is.
+    `timeout`: after which no answer is a refusal. Of a node that was cut off nothing comes, not even that."""
 
-    def __init__(self, world, namespace, name):
-        self.world, self.namespace, self.name = world, namespace, name
+    def __init__(self, world, namespace, name, timeout=5):
+        self.world, self.namespace, self.name, self.timeout = world, namespace, name, timeout
         self.right, self.refused, self.wrong, self.last = 0, [], [], 0.0
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -299,10 +306,10 @@ class Asker:
         asked = pictures()
         while not self.ended.wait(0.2):
             file, expected = asked[(self.right + len(self.refused)) % len(asked)]
-            try:  # of a node that was cut off nothing comes, not even a refusal
-                answer = self.world.ask(self.namespace, self.name, file, timeout=5)
+            try:
+                answer = self.world.ask(self.namespace, self.name, file, timeout=self.timeout)
             except (OSError, ValueError, KeyError, StopIteration) as e:
-                self.refused.append(repr(e))
+                self.refused.append(f"{time.monotonic() - self.world.started:.1f} {e!r}")
                 continue
             if answer == expected:
                 self.right, self.last = self.right + 1, time.monotonic()
@@ -319,14 +326,16 @@ class Asker:
 class Invariants:
     """Looks on from a thread of its own for as long as the world stands: at the API's pods and at the nodes' processes.
 
-    1. A name of a pod, which carries the epoch, is given once: no group of an epoch is ever made again.
+    1. A name of a pod, which carries the epoch, is given once: no group of an epoch is ever made again. With `forming_repeats`: once the
+       group stood; one that still grows may get a pod again that somebody else deleted.
     2. Of a replica at most two epochs have all their pods Ready: in a surge the new revision stands beside the old one until that has
        drained. Unless `deletes_fail`: then older groups may stand, each whole and under its own epoch; the next one waits for nobody.
     3. No two processes run for one pod's name, on whatever node, cut off or not: no two groups of one epoch serve.
     """
 
-    def __init__(self, world, deletes_fail=False):
-        self.world, self.deletes_fail, self.broken, self.looks = world, deletes_fail, [], 0
+    def __init__(self, world, deletes_fail=False, forming_repeats=False):
+        self.world, self.deletes_fail, self.forming_repeats, self.broken, self.looks = world, deletes_fail, forming_repeats, [], 0
+        self.whole = set()  # (pipeline uid, replica, epoch) of groups that stood once
         self.uids = {}  # (pipeline uid, pod name) -> uid of the pod
         self.told = []  # (seconds, pipeline, Ready, reason, message) whenever that changes: the story, for whoever looks for a fault
         self.ended = threading.Event()
@@ -334,7 +343,7 @@ class Invariants:
         self.thread.start()
 
     def run(self):
-        while not self.ended.wait(0.25):
+        while not self.ended.wait(self.world.look_s):
             try:
                 self.look_at_pods()
                 self.listen()
@@ -355,12 +364,15 @@ class Invariants:
         for pod in self.world.call("/api/v1/pods?labelSelector=qwenpipeline.dev/epoch")["items"]:
             meta = pod["metadata"]
             labels, owner = meta["labels"], meta["ownerReferences"][0]["uid"]
-            if self.uids.setdefault((owner, meta["name"]), meta["uid"]) != meta["uid"]:
+            stood = (owner, labels["qwenpipeline.dev/replica"], labels["qwenpipeline.dev/epoch"]) in self.whole
+            if self.uids.get((owner, meta["name"]), meta["uid"]) != meta["uid"] and (stood or not self.forming_repeats):
                 self.note(f"{meta['name']} was made twice")
+            self.uids[owner, meta["name"]] = meta["uid"]
             ready = any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", [])) and "deletionTimestamp" not in meta
             groups.setdefault((owner, labels["qwenpipeline.dev/replica"]), {}).setdefault(labels["qwenpipeline.dev/epoch"], []).append(ready)
-        for (_, replica), epochs in groups.items():
+        for (owner, replica), epochs in groups.items():
             whole = [epoch for epoch, pods in epochs.items() if len(pods) > 1 and all(pods)]
+            self.whole.update((owner, replica, epoch) for epoch in whole)
             if len(whole) > 2 and not self.deletes_fail:
                 self.note(f"replica {replica} is Ready under the epochs {whole}")
 
