@@ -30,7 +30,7 @@ struct Flags {
   std::vector<std::string> image_hosts;
   int32_t stages = 1, block_tokens = 0, batch_tokens = 0, sequences = 0, model_len = 0, queue = 256, io_threads = 2, workers = 4;
   uint64_t epoch = 0, body_mib = 64;
-  double drain_seconds = 30, stall_seconds = 10;
+  double drain_seconds = 30, stall_seconds = 10, recovery_seconds = 120;
   bool print_ports = false;
 };
 
@@ -58,6 +58,8 @@ void AddFlags(CLI::App& app, Flags& f) {
   app.add_option("--workers", f.workers, "threads for tokenizing and images")->check(CLI::Range(1, 256));
   app.add_option("--drain-timeout", f.drain_seconds, "seconds that running requests get after SIGTERM")->check(CLI::NonNegativeNumber);
   app.add_option("--stall-timeout", f.stall_seconds, "seconds of silence that count as the loss of a stage")->check(CLI::PositiveNumber);
+  app.add_option("--recovery-hold", f.recovery_seconds, "seconds after the loss of a stage in which /ready stays 200 and requests wait for its return")
+      ->check(CLI::NonNegativeNumber);
   app.add_option("--log-level", f.log_level)->check(CLI::IsMember({"debug", "info", "warning", "error"}));
   app.add_option("--log-format", f.log_format)->check(CLI::IsMember({"text", "json"}))->envname(std::string(contract::kEnvLogFormat));
   app.add_flag("--print-ports", f.print_ports, "print {\"http\":PORT,\"control\":PORT} on stdout when both listen");
@@ -113,7 +115,7 @@ int Run(const Flags& flags, const sigset_t& signals) {
   prometheus::Registry registry;
   server::Metrics metrics(registry, (*assets)->model_id);
   const server::UrlFetcher fetcher({.allowed_hosts = {flags.image_hosts.begin(), flags.image_hosts.end()}, .ca_file = flags.ca_file});
-  server::Api api({.workers = flags.workers, .version = QWEN_VERSION},
+  server::Api api({.workers = flags.workers, .version = QWEN_VERSION, .recovery_hold = Seconds(flags.recovery_seconds)},
                   {.assets = **assets, .engine = engine, .metrics = metrics, .clock = clock, .fetcher = fetcher, .keys = keys});
   server::HttpServer::Options http_options{.address = listen->host.empty() ? "0.0.0.0" : listen->host, .port = listen->port, .io_threads = flags.io_threads};
   http_options.body_bytes_max = flags.body_mib << 20;

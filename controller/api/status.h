@@ -33,9 +33,14 @@ struct IncomingGroup {  // of another revision, being made beside the one that s
   int64_t since_seconds = 0;
   bool operator==(const IncomingGroup&) const = default;
 };
+struct Replacement {  // of a member that was lost while the others kept their weights
+  int32_t stage = 0;   // -1: the head
+  int64_t epoch = 0;   // above its group's
+  bool operator==(const Replacement&) const = default;
+};
 struct GroupRecord {
   int32_t replica = 0;
-  int64_t epoch = 0;
+  int64_t epoch = 0;     // at which it began, and of every member that is not in `replaced`
   std::string revision;  // of its pods
   GroupPhase phase = GroupPhase::kForming;
   int32_t failures = 0;  // since the group last served for long
@@ -43,6 +48,8 @@ struct GroupRecord {
   std::string last_failure_message;
   bool served = false;            // all its pods were ready at once, under this epoch
   int64_t unready_since_seconds = 0;  // since when one that served does not; by this controller's clock, not the nodes'
+  std::vector<Replacement> replaced;  // ascending stages
+  int64_t mending_epoch = 0;          // of the first replacement since all its pods were ready; 0: none since
   std::optional<IncomingGroup> next;
   int64_t retiring_epoch = 0;     // of the last group that this one took over from; its head drains before its stages go
   std::string refused_revision;   // given up beside a group that serves

@@ -74,12 +74,12 @@ void PrintLines(const std::string& name, const std::string& text) {
 
 Result<int> ShowLogs(Cluster& cluster, const LogFlags& flags) {
   ASSIGN_OR_RETURN(const plan::Observed observed, cluster.Observe(flags.pipeline));
-  int64_t epoch = 0;  // of the group that is: older ones are going
+  api::GroupRecord current;  // older groups, and pods that were replaced, are going
   for (const api::GroupRecord& group : observed.previous.groups)
-    if (group.replica == flags.replica) epoch = group.epoch;
+    if (group.replica == flags.replica) current = group;
   std::vector<std::string> names;
   for (const plan::ObservedPod& pod : observed.pods)
-    if (pod.replica == flags.replica && pod.epoch == epoch && (!flags.head || pod.stage < 0) && (!flags.stage || pod.stage == *flags.stage)) names.push_back(pod.name);
+    if (pod.replica == flags.replica && plan::IsMember(current, pod) && (!flags.head || pod.stage < 0) && (!flags.stage || pod.stage == *flags.stage)) names.push_back(pod.name);
   if (names.empty()) return NotFoundError("replica " + std::to_string(flags.replica) + " of " + flags.pipeline + " has no such pod");
   if (!flags.follow) {
     for (const std::string& name : names) {
@@ -160,13 +160,16 @@ std::string StatusText(const plan::Observed& observed) {
     out += condition.type + "=" + (condition.value ? "True" : "False") + "  " + condition.reason + ": " + condition.message + "\n";
   Table groups({"replica", "epoch", "phase", "failures", "last failure"});
   for (const api::GroupRecord& group : status.groups) {
-    groups.Add({std::to_string(group.replica), std::to_string(group.epoch), std::string(api::GroupPhaseName(group.phase)), std::to_string(group.failures),
+    std::string epochs = std::to_string(group.epoch);
+    for (const api::Replacement& one : group.replaced)
+      epochs += (one.stage < 0 ? ", head: " : ", stage " + std::to_string(one.stage) + ": ") + std::to_string(one.epoch);
+    groups.Add({std::to_string(group.replica), epochs, std::string(api::GroupPhaseName(group.phase)), std::to_string(group.failures),
                 group.last_failure_message.empty() ? "-" : group.last_failure_message});
     if (group.next) groups.Add({std::to_string(group.replica), std::to_string(group.next->epoch), "beside it", "", "-"});
   }
   Table pods({"pod", "node", "state"});
   std::vector<plan::ObservedPod> ordered = observed.pods;
-  std::sort(ordered.begin(), ordered.end(), [](const auto& a, const auto& b) { return std::tie(a.replica, a.epoch, a.stage) < std::tie(b.replica, b.epoch, b.stage); });
+  std::sort(ordered.begin(), ordered.end(), [](const auto& a, const auto& b) { return std::tie(a.replica, a.group_epoch, a.stage, a.epoch) < std::tie(b.replica, b.group_epoch, b.stage, b.epoch); });
   for (const plan::ObservedPod& pod : ordered) {
     const std::string why = plan::BlockerOf(pod).message;  // begins with "pod NAME"
     pods.Add({pod.name, pod.node.empty() ? "-" : pod.node, pod.serving() ? "ready" : why.substr(std::min(why.size(), pod.name.size() + 5))});

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "controller/plan/objects.h"
 #include "controller/plan/sizing.h"
 #include "stage/contract/pod_contract.h"
 
@@ -40,20 +39,26 @@ std::string Cut(std::string text, size_t bytes_max) {
 
 // The pods of one replica, sorted out.
 struct Members {
-  std::vector<const ObservedPod*> current;  // of the record's epoch; index 0 the head, k + 1 stage k; null: not there
-  std::vector<const ObservedPod*> stale;    // of other epochs, or no member of this group at all
+  std::vector<const ObservedPod*> current;  // index 0 the head, k + 1 stage k; null: not there
+  std::vector<const ObservedPod*> stale;    // of other groups, replaced, or no member of this group at all
 };
-Members Sort(const GroupInput& input, int64_t epoch, int32_t stages, int64_t other_epoch = 0) {
+Members Sort(const GroupInput& input, const api::GroupRecord& record, int32_t stages, int64_t other_epoch = 0) {
   Members members;
   members.current.resize(static_cast<size_t>(stages) + 1);
   for (const ObservedPod* pod : input.pods) {
-    if (pod->epoch == epoch && pod->stage >= -1 && pod->stage < stages) {
+    if (IsMember(record, *pod) && pod->stage >= -1 && pod->stage < stages) {
       members.current[static_cast<size_t>(pod->stage + 1)] = pod;
-    } else if (pod->epoch != other_epoch) {
+    } else if (pod->group_epoch != other_epoch) {
       members.stale.push_back(pod);
     }
   }
   return members;
+}
+
+std::string StageList(const std::vector<int32_t>& stages) {
+  std::string text;
+  for (const int32_t stage : stages) text += (text.empty() ? "" : ", ") + (stage < 0 ? "the head" : "stage " + std::to_string(stage));
+  return text;
 }
 
 class Planner {
@@ -68,7 +73,7 @@ class Planner {
     }
     // A group beside this one that nobody wants any more is like any other stale pod.
     if (record().next && (!input_.wanted || record().revision == input_.revision || record().next->revision != input_.revision)) record().next.reset();
-    members_ = Sort(input_, record().epoch, Stages(), record().next ? record().next->epoch : 0);
+    members_ = Sort(input_, record(), Stages(), record().next ? record().next->epoch : 0);
     Count();
     if (!input_.wanted) {
       record().phase = GroupPhase::kLeaving;
@@ -102,21 +107,23 @@ class Planner {
     if (record().revision == input_.revision) return pipeline_.spec.stages.size();
     int32_t last = 0;
     for (const ObservedPod* pod : input_.pods)
-      if (pod->epoch == record().epoch) last = std::max(last, pod->stage);
+      if (IsMember(record(), *pod)) last = std::max(last, pod->stage);
     return last + 1;
   }
 
   // The status is the memory; pods that it does not know of (it was lost, or is from a backup) are adopted.
   void Recall() {
     plan_.record = input_.record;
+    const ObservedPod* youngest = nullptr;  // of those that it does not know of
     for (const ObservedPod* pod : input_.pods) {
       if (plan_.record && pod->epoch <= std::max(record().epoch, input_.known_epoch)) continue;
+      if (youngest == nullptr || pod->group_epoch > youngest->group_epoch) youngest = pod;
+    }
+    if (youngest != nullptr) {
       if (!plan_.record) plan_.record = api::GroupRecord{.replica = input_.replica};
-      record().epoch = pod->epoch;
-      record().revision = pod->revision;
-      record().phase = GroupPhase::kForming;
-      record().served = false;
-      record().unready_since_seconds = 0;
+      BeginAs(youngest->group_epoch, youngest->revision);
+      for (const ObservedPod* pod : input_.pods)
+        if (pod->group_epoch == record().epoch && pod->epoch > MemberEpoch(record(), pod->stage)) SetMemberEpoch(pod->stage, pod->epoch);
       record().next.reset();
     }
     if (plan_.record && input_.spec_changed) {
@@ -142,8 +149,21 @@ class Planner {
   void Wake(int64_t at_seconds) { plan_.wake_seconds = std::min(plan_.wake_seconds.value_or(at_seconds), at_seconds); }
 
   void CreateAll(int64_t epoch) {
-    plan_.create_epoch = epoch;
-    for (int32_t stage = -1; stage < pipeline_.spec.stages.size(); ++stage) plan_.create.push_back(stage);
+    for (int32_t stage = -1; stage < pipeline_.spec.stages.size(); ++stage) plan_.create.push_back({stage, {.replica = input_.replica, .epoch = epoch}});
+  }
+  void BeginAs(int64_t epoch, const std::string& revision) {
+    record().epoch = epoch;
+    record().revision = revision;
+    record().phase = GroupPhase::kForming;
+    record().served = false;
+    record().unready_since_seconds = 0;
+    record().replaced.clear();
+    record().mending_epoch = 0;
+  }
+  void SetMemberEpoch(int32_t stage, int64_t epoch) {
+    std::vector<api::Replacement>& replaced = record().replaced;
+    std::erase_if(replaced, [&](const api::Replacement& one) { return one.stage == stage; });
+    replaced.insert(std::upper_bound(replaced.begin(), replaced.end(), stage, [](int32_t s, const api::Replacement& one) { return s < one.stage; }), {stage, epoch});
   }
 
   void Begin() {
@@ -155,11 +175,7 @@ class Planner {
   // Everything of this epoch goes; the next one begins at once, because a pod that is stuck on a dead node must not stop it.
   void Replace() {
     for (const ObservedPod* pod : members_.current) Remove(pod);
-    record().epoch = input_.next_epoch;
-    record().revision = input_.revision;
-    record().phase = GroupPhase::kForming;
-    record().served = false;
-    record().unready_since_seconds = 0;
+    BeginAs(input_.next_epoch, input_.revision);
     plan_.heads_ready = plan_.stages_ready = 0;
     CreateAll(record().epoch);
   }
@@ -177,10 +193,10 @@ class Planner {
   void RemoveStale() {
     const ObservedPod* head = nullptr;
     for (const ObservedPod* pod : members_.stale)
-      if (pod->epoch == retiring() && pod->stage < 0) head = pod;
+      if (pod->group_epoch == retiring() && pod->stage < 0 && (head == nullptr || pod->epoch > head->epoch)) head = pod;
     const bool drains = Finishing(head);
     for (const ObservedPod* pod : members_.stale)
-      if (!drains || pod->epoch != head->epoch) Remove(pod);
+      if (!drains || pod->group_epoch != head->group_epoch) Remove(pod);
   }
   // Whatever the group waits for: a pod that Kubernetes is to delete, on a node that is gone, is but a name.
   void RemoveGone() {
@@ -259,10 +275,10 @@ class Planner {
   // `next` is there, of the wanted revision.
   void Surge() {
     api::IncomingGroup& next = *record().next;
-    Members coming = Sort(input_, next.epoch, pipeline_.spec.stages.size());
-    const bool formed = next.phase == GroupPhase::kFormed;
+    api::GroupRecord incoming{.replica = input_.replica, .epoch = next.epoch, .revision = next.revision, .phase = next.phase};
+    Members coming = Sort(input_, incoming, pipeline_.spec.stages.size());
     if (!AllReady()) return TakeOver(std::move(coming));  // what it was to relieve is broken
-    if (const std::optional<Problem> problem = FindProblem(coming.current, next.epoch, formed)) {
+    if (const std::optional<Problem> problem = FindProblem(coming.current, incoming)) {
       for (const ObservedPod* pod : coming.current) Remove(pod);
       record().next.reset();
       return NoteRolloutFailure(*problem);
@@ -270,17 +286,13 @@ class Planner {
     const bool complete = std::all_of(coming.current.begin(), coming.current.end(), [](const ObservedPod* pod) { return pod != nullptr; });
     const auto serves = [](const ObservedPod* pod) { return pod->serving(); };
     if (complete && std::all_of(coming.current.begin(), coming.current.end(), serves)) return TakeOver(std::move(coming));
-    if (complete) {
-      next.phase = GroupPhase::kFormed;
-    } else {
-      plan_.create_epoch = next.epoch;
-    }
+    if (complete) next.phase = GroupPhase::kFormed;
     plan_.blocker = Blocker{3, "Updating", Beside()};
     bool placed = complete;
     for (size_t i = 0; i < coming.current.size(); ++i) {
       const ObservedPod* pod = coming.current[i];
       if (pod == nullptr) {
-        plan_.create.push_back(static_cast<int32_t>(i) - 1);
+        plan_.create.push_back({static_cast<int32_t>(i) - 1, {.replica = input_.replica, .epoch = next.epoch}});
         continue;
       }
       placed &= !pod->node.empty();
@@ -303,12 +315,10 @@ class Planner {
 
   void TakeOver(Members coming) {
     record().retiring_epoch = AllReady() ? record().epoch : 0;  // else there is nothing that it could finish
-    record().epoch = record().next->epoch;
-    record().revision = record().next->revision;
-    record().phase = record().next->phase;
+    const api::IncomingGroup next = *record().next;
+    BeginAs(next.epoch, next.revision);
+    record().phase = next.phase;
     record().failures = 0;
-    record().served = false;
-    record().unready_since_seconds = 0;
     record().next.reset();
     members_ = std::move(coming);
     Count();
@@ -337,8 +347,12 @@ class Planner {
     plan_.blocker = Blocker{refused ? 100 : 50, refused ? "RolloutFailed" : "RolloutFailing", record().last_failure_message};
   }
 
-  // `formed`: all of them were there once.
-  std::optional<Problem> FindProblem(const std::vector<const ObservedPod*>& pods, int64_t epoch, bool formed) const {
+  // Has a member's pod ever been there? Then one that is missing was lost.
+  static bool WasThere(const api::GroupRecord& record, int32_t stage) {
+    return record.phase != GroupPhase::kForming || MemberEpoch(record, stage) < record.mending_epoch;
+  }
+
+  std::optional<Problem> FindProblem(const std::vector<const ObservedPod*>& pods, const api::GroupRecord& record) const {
     const ObservedPod *ended = nullptr, *cut_off = nullptr;
     std::optional<Problem> gone;
     for (size_t i = 0; i < pods.size(); ++i) {
@@ -350,8 +364,8 @@ class Planner {
         if (ended == nullptr || weight(*pod) > weight(*ended)) ended = pod;
       } else if (!gone && pod != nullptr && pod->deleting) {
         gone = Problem{false, "pod " + pod->name + " is being deleted"};
-      } else if (!gone && pod == nullptr && formed) {
-        gone = Problem{false, "pod " + PodName(pipeline_, input_.replica, static_cast<int32_t>(i) - 1, epoch) + " is gone"};
+      } else if (const int32_t stage = static_cast<int32_t>(i) - 1; !gone && pod == nullptr && WasThere(record, stage)) {
+        gone = Problem{false, "pod " + PodName(pipeline_, input_.replica, stage, MemberEpoch(record, stage)) + " is gone"};
       }
     }
     if (ended != nullptr && Hopeless(*ended)) return Problem{true, BlockerOf(*ended).message};
@@ -371,6 +385,7 @@ class Planner {
       all_ready = false;
       if (served && record().unready_since_seconds == 0) record().unready_since_seconds = input_.now_seconds;
       if (!served && pod->started_seconds == 0) continue;
+      if (!served && pod->epoch < record().mending_epoch) continue;  // it cannot be ready before the one that is made again
       const int64_t seconds = served ? patience : StartupSeconds(pipeline_.spec);
       const int64_t due = (served ? record().unready_since_seconds : pod->started_seconds) + seconds;
       if (input_.now_seconds >= due)
@@ -383,7 +398,7 @@ class Planner {
 
   void Keep() {
     const bool down = record().phase == GroupPhase::kDown;
-    std::optional<Problem> problem = FindProblem(members_.current, record().epoch, record().phase != GroupPhase::kForming);
+    std::optional<Problem> problem = FindProblem(members_.current, record());
     if (!problem && !down) problem = FindHang();
     if (problem && record().phase != GroupPhase::kDown) NoteFailure(*problem);
     if (record().phase == GroupPhase::kFailed) return;
@@ -416,10 +431,50 @@ class Planner {
                                                    std::to_string(BackoffSeconds(pipeline_.spec.restart, record().failures)) + " s"};
       return;
     }
-    Replace();
     plan_.restarted = true;
+    if (const std::vector<int32_t> lost = Mendable(); !lost.empty()) return Mend(lost);
+    Replace();
     plan_.blocker = Blocker{40, "Restarting", record().last_failure_message + "; the whole group restarts under epoch " + std::to_string(record().epoch) +
                                                   ", every stage loads its weights again"};
+  }
+
+  // The members that were lost, when it is enough to make them again; else none.
+  std::vector<int32_t> Mendable() {
+    if (!record().served && record().mending_epoch == 0) return {};
+    if (pipeline_.spec.scheduling.gang == api::Gang::kKueue) return {};  // it admits a group of pods once, as a whole
+    std::vector<int32_t> lost;
+    bool kept = false;
+    for (size_t i = 0; i < members_.current.size(); ++i) {
+      const ObservedPod* pod = members_.current[i];
+      const int32_t stage = static_cast<int32_t>(i) - 1;
+      const bool replacement = record().mending_epoch != 0 && MemberEpoch(record(), stage) >= record().mending_epoch;
+      if (pod == nullptr && replacement) continue;  // still to be made
+      if (pod == nullptr || pod->phase == PodPhase::kEnded || pod->deleting || pod->node_state != NodeState::kFine) {
+        if (replacement) return {};
+        lost.push_back(stage);
+      } else if (stage >= 0) {
+        kept = true;
+      }
+    }
+    return kept ? lost : std::vector<int32_t>();
+  }
+
+  void Mend(const std::vector<int32_t>& lost) {
+    const int64_t epoch = input_.next_epoch;
+    for (const int32_t stage : lost) {
+      const ObservedPod*& pod = members_.current[static_cast<size_t>(stage + 1)];
+      Remove(pod);
+      pod = nullptr;
+      SetMemberEpoch(stage, epoch);
+      plan_.create.push_back({stage, {.replica = input_.replica, .epoch = record().epoch, .made = epoch}});
+    }
+    if (record().mending_epoch == 0) record().mending_epoch = epoch;
+    record().phase = GroupPhase::kForming;
+    record().served = false;
+    record().unready_since_seconds = 0;
+    plan_.mended = true;
+    plan_.blocker = Blocker{40, "Restarting", record().last_failure_message + "; " + StageList(lost) + (lost.size() == 1 ? " is" : " are") +
+                                                  " made again under epoch " + std::to_string(epoch) + ", the other stages keep their weights"};
   }
 
   void Grow() {
@@ -427,13 +482,14 @@ class Planner {
     for (size_t i = 0; i < members_.current.size(); ++i) {
       if (members_.current[i] != nullptr) continue;
       complete = false;
-      plan_.create_epoch = record().epoch;
-      plan_.create.push_back(static_cast<int32_t>(i) - 1);
+      const int32_t stage = static_cast<int32_t>(i) - 1;
+      plan_.create.push_back({stage, {.replica = input_.replica, .epoch = record().epoch, .made = MemberEpoch(record(), stage)}});
     }
     if (complete) record().phase = GroupPhase::kFormed;
     plan_.ready = complete && AllReady();
     if (plan_.ready) {
       record().served = true;
+      record().mending_epoch = 0;
       const int64_t forgiven = record().last_failure_seconds + kStableSeconds;
       if (record().failures > 0 && input_.now_seconds >= forgiven) record().failures = 0;
       if (record().failures > 0) Wake(forgiven);
@@ -458,6 +514,24 @@ class Planner {
 };
 
 }  // namespace
+
+int64_t MemberEpoch(const api::GroupRecord& record, int32_t stage) {
+  const auto found = std::find_if(record.replaced.begin(), record.replaced.end(), [&](const api::Replacement& one) { return one.stage == stage; });
+  return found == record.replaced.end() ? record.epoch : found->epoch;
+}
+bool IsMember(const api::GroupRecord& record, const ObservedPod& pod) {
+  return pod.group_epoch == record.epoch && pod.epoch == MemberEpoch(record, pod.stage);
+}
+
+int64_t GroupPlan::highest_epoch() const {
+  int64_t highest = 0;
+  if (record) {
+    highest = record->epoch;
+    for (const api::Replacement& one : record->replaced) highest = std::max(highest, one.epoch);
+  }
+  for (const Create& one : create) highest = std::max(highest, one.group.pod_epoch());
+  return highest;
+}
 
 int64_t BackoffSeconds(const api::Restart& restart, int32_t failures) {
   if (failures <= 1) return 0;

@@ -1,12 +1,15 @@
 // controller/plan/group.h — what to do with one replica's group (a head and its stages) now. Pure: same input, same answer.
 //
-//   no record ──▶ Forming ──all pods exist──▶ Formed ──a pod ended or is gone──▶ Down ──back-off over──▶ Forming, epoch + 1
+//   no record ──▶ Forming ──all pods exist──▶ Formed ──a pod ended or is gone──▶ Down ──back-off over──▶ Forming: mended, or begun anew
 //                                                                                  └──budget spent, or hopeless──▶ Failed
 //   Formed, another revision wanted, strategy Surge: `next` forms under the next epoch beside it ──ready──▶ it is the group, the old
 //     one drains; it fails: it goes, and is tried again within the budget; it finds no room: the old one drains first
 //   any ──not wanted──▶ Leaving ──head gone, then stages gone──▶ no record; wanted again before: Forming, epoch + 1
-// A group is replaced as a whole: its stages cannot yet keep their weights while one of them is away. Nothing is ever created
-// again under an epoch once the group was complete, so two groups of one epoch cannot be.
+// Mended: of a group that has served only the pods that were lost are made again, under the next epoch. The other stages keep their
+// weights, and the head its requests: it computes them anew from their tokens when all are together again. Begun anew, all of it under
+// the next epoch: when it never served, when what a mending made fails before all serve (then something else is wrong), when no stage
+// is left that could keep weights, when a pod hangs and nobody can say which. Nothing is ever created again under an epoch under
+// which it was there, so two groups of one epoch cannot be.
 // A pod on a node that is lost is lost at once: the next epoch begins beside what may still run there, and is not counted against the
 // budget. Such pods' objects are deleted by force only when their node is gone.
 // What ends while it serves (another revision, scale down, suspend, deletion) drains first: the head is deleted and finishes its requests,
@@ -18,6 +21,7 @@
 #include <vector>
 
 #include "controller/api/status.h"
+#include "controller/plan/objects.h"
 #include "controller/plan/observed.h"
 
 namespace qwen::plan {
@@ -53,18 +57,28 @@ struct GroupInput {
   std::vector<const ObservedPod*> pods;  // of this replica, of any epoch
 };
 
+// The epoch of a member of the group: in its pod's name. stage -1: the head.
+int64_t MemberEpoch(const api::GroupRecord& record, int32_t stage);
+bool IsMember(const api::GroupRecord& record, const ObservedPod& pod);
+
 struct GroupPlan {
+  struct Create {
+    int32_t stage = 0;  // -1: the head
+    Group group;
+  };
   std::optional<api::GroupRecord> record;  // to be written before anything below is done; none: there is no group
-  std::vector<int32_t> create;             // members of create_epoch that are missing: -1 for the head
-  int64_t create_epoch = 0;                // the group's own, or that of the one beside it
+  std::vector<Create> create;              // members that are missing, of the group or of the one beside it
   std::vector<const ObservedPod*> remove;
   std::optional<int64_t> wake_seconds;     // look again then, if nothing happens before
-  bool restarted = false;                  // because of a failure
+  bool restarted = false;                  // because of a failure, as a whole or in part
+  bool mended = false;                     // in part
   bool ready = false;                      // serves, under the wanted revision
   int32_t heads_ready = 0, stages_ready = 0;
   std::optional<Blocker> blocker;          // why it does not serve
   std::string failure;                     // a failure that was noticed just now; empty: none
   bool rollout_failed = false;             // it is one of the group beside this one
+
+  int64_t highest_epoch() const;  // of everything that it speaks of; 0: of nothing
 };
 GroupPlan PlanGroup(const api::QwenPipeline& pipeline, const GroupInput& input);
 

@@ -19,6 +19,9 @@ constexpr int32_t kUser = 65532;  // "nonroot" of the common base images
 constexpr int32_t kStartupSeconds = 3600;
 // The first probe meets a process that does not listen yet; a group that starts again waits this long for the second.
 constexpr int32_t kStartupPeriodSeconds = 1;
+// A process that hangs is gone after 15 to 20 s and these: it hears no SIGTERM, so its long grace would only keep the others waiting.
+constexpr int32_t kLivenessPeriodSeconds = 5;
+constexpr int32_t kHungGraceSeconds = 5;
 // Beyond the drain: what closing connections and freeing a GPU take. A stage has nothing to finish: its head ends first.
 constexpr int32_t kGraceSlackSeconds = 15;
 constexpr int32_t kStageGraceSeconds = 30;
@@ -62,14 +65,15 @@ json Container(const api::QwenPipeline& pipeline, const Process& process, const 
                     {"command", {process.program}},
                     {"args", process.args},
                     {"startupProbe", Probe(contract::kHealthPath, probed, kStartupPeriodSeconds, kStartupSeconds / kStartupPeriodSeconds)},
-                    {"livenessProbe", Probe(contract::kHealthPath, probed, 10, 3)},
+                    {"livenessProbe", Probe(contract::kHealthPath, probed, kLivenessPeriodSeconds, 3)},
                     {"readinessProbe", Probe(contract::kReadyPath, probed, 2, 1)},
                     {"securityContext", ContainerSecurity()}};
+  container["livenessProbe"]["terminationGracePeriodSeconds"] = kHungGraceSeconds;
   if (head && pre_stop_seconds > 0) container["lifecycle"]["preStop"]["sleep"]["seconds"] = pre_stop_seconds;
   const auto port = [](const char* name, uint16_t number) { return json{{"name", name}, {"containerPort", number}}; };
   container["ports"] = head ? json{port("api", contract::kApiPort), port("control", contract::kControlPort)}
                             : json{port("data", contract::kDataPort), port("metrics", contract::kStageMetricsPort)};
-  json& env = container["env"] = {Variable(contract::kEnvPipelineUid, pipeline.metadata.uid), Variable(contract::kEnvEpoch, std::to_string(group.epoch)),
+  json& env = container["env"] = {Variable(contract::kEnvPipelineUid, pipeline.metadata.uid), Variable(contract::kEnvEpoch, std::to_string(group.pod_epoch())),
                                   Variable(contract::kEnvStages, std::to_string(stages)), Variable(contract::kEnvLogFormat, "json"),
                                   FromPod(contract::kEnvPodName, "metadata.name"), FromPod(contract::kEnvPodIp, "status.podIP")};
   if (!head) env.push_back(Variable(contract::kEnvStage, std::to_string(process.stage)));
@@ -81,18 +85,19 @@ json Container(const api::QwenPipeline& pipeline, const Process& process, const 
 
 json Pod(const api::QwenPipeline& pipeline, const PipelineSize& size, const Process& process, const std::string& image, Group group) {
   const bool head = process.role == Role::kHead;
-  const std::string name = PodName(pipeline, group.replica, process.stage, group.epoch);
+  const std::string name = PodName(pipeline, group.replica, process.stage, group.pod_epoch());
   json metadata = ChildMetadata(pipeline, name);
   json& labels = metadata["labels"];
   labels["app.kubernetes.io/component"] = S(head ? contract::kRoleHead : contract::kRoleStage);
   labels[S(contract::kLabelRole)] = S(head ? contract::kRoleHead : contract::kRoleStage);
   labels[S(contract::kLabelReplica)] = std::to_string(group.replica);
-  labels[S(contract::kLabelEpoch)] = std::to_string(group.epoch);
+  labels[S(contract::kLabelEpoch)] = std::to_string(group.pod_epoch());
+  labels[S(contract::kLabelGroup)] = std::to_string(group.epoch);
   if (!head) labels[S(contract::kLabelStage)] = std::to_string(process.stage);
   const api::Server& server = pipeline.spec.server;
   const int32_t grace_seconds = head ? server.pre_stop_seconds + server.drain_timeout_seconds + kGraceSlackSeconds : kStageGraceSeconds;
   json spec = {{"restartPolicy", "Never"},
-               {"hostname", name},
+               {"hostname", head ? PodName(pipeline, group.replica, -1, group.epoch) : name},
                {"subdomain", GroupServiceName(pipeline)},
                {"automountServiceAccountToken", false},
                {"enableServiceLinks", false},

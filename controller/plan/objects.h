@@ -39,10 +39,15 @@ std::string GroupServiceName(const api::QwenPipeline& pipeline);
 std::string SecretName(const api::QwenPipeline& pipeline);
 
 // The pods of one group: head first, then stages ascending. REQUIRES: metadata.uid.
+// A pod that replaces another of its group bears the new epoch in its name; its stages find a replaced head by the host name
+// that the group's first head had.
 // kInvalidArgument and kUnimplemented name the manifest's field that no cluster could run.
 struct Group {
   int32_t replica = 0;
-  int64_t epoch = 0;
+  int64_t epoch = 0;  // at which the group began
+  int64_t made = 0;   // of pods that are made later, to replace others: their own epoch; 0: `epoch`
+
+  int64_t pod_epoch() const { return made != 0 ? made : epoch; }
 };
 Result<std::vector<nlohmann::json>> GroupPods(const api::QwenPipeline& pipeline, const Images& images, Group group);
 // A digest of everything that the pods are made of but replica and epoch: a group of another revision is out of date. It also

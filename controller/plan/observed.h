@@ -23,6 +23,7 @@ struct ObservedPod {
   int32_t replica = 0;
   int32_t stage = -1;  // -1: the head
   int64_t epoch = 0;
+  int64_t group_epoch = 0;  // at which its group began: below `epoch` when it replaced another member
   std::string revision;
   PodPhase phase = PodPhase::kPending;
   bool ready = false;

@@ -30,7 +30,7 @@ bool Serves(const Replica& replica, const std::string& revision, int32_t stages)
   if (!replica.record) return false;
   int32_t ready = 0, last = 0;
   for (const ObservedPod* pod : replica.pods) {
-    if (pod->epoch != replica.record->epoch) continue;
+    if (!IsMember(*replica.record, *pod)) continue;
     last = std::max(last, pod->stage);
     ready += pod->serving();
   }
@@ -41,12 +41,12 @@ void Tell(const Observed& observed, const GroupPlan& group, Actions& actions) {
   const std::string replica = group.record ? std::to_string(group.record->replica) : "";
   if (!group.failure.empty()) {
     const bool failed = group.record->phase == api::GroupPhase::kFailed;
-    const char* reason = group.rollout_failed ? "RolloutFailed" : failed ? "GroupFailed" : "GroupLost";
-    const char* action = group.rollout_failed ? "KeepOldRevision" : failed ? "GiveUp" : "RestartGroup";
+    const char* reason = group.rollout_failed ? "RolloutFailed" : failed ? "GroupFailed" : group.mended ? "PodLost" : "GroupLost";
+    const char* action = group.rollout_failed ? "KeepOldRevision" : failed ? "GiveUp" : group.mended ? "ReplacePod" : "RestartGroup";
     actions.notices.push_back({true, reason, action, "replica " + replica + ": " + group.failure});
   }
   if (group.record && !group.create.empty() && group.create.size() == static_cast<size_t>(observed.pipeline.spec.stages.size()) + 1)
-    actions.notices.push_back({false, "GroupCreated", "CreatePods", "replica " + replica + " begins under epoch " + std::to_string(group.create_epoch)});
+    actions.notices.push_back({false, "GroupCreated", "CreatePods", "replica " + replica + " begins under epoch " + std::to_string(group.create.front().group.epoch)});
 }
 
 // What runs goes on running: an edit that cannot be carried out is no reason to stop serving.
@@ -82,14 +82,17 @@ Actions Retire(const Observed& observed, int64_t now_seconds) {
     Remove(groups.back(), actions);
   }
   actions.remove_finalizer = empty;
-  if (!empty) actions.status = MakeStatus(observed, groups, "", now_seconds);
+  if (empty) return actions;
+  // Told when it says something new; that one pod after the other is gone need not be written for every pod.
+  api::PipelineStatus status = MakeStatus(observed, groups, "", now_seconds);
+  if (status.conditions != observed.previous.conditions) actions.status = std::move(status);
   return actions;
 }
 
 void AddPodGroups(const Observed& observed, Actions& actions) {
   for (const ObservedPod& pod : observed.pods) {
     if (pod.stage >= 0 || pod.deleting) continue;
-    if (auto group = PodGroup(observed.pipeline, {.replica = pod.replica, .epoch = pod.epoch}, pod.name, pod.uid)) actions.pod_groups.push_back(std::move(*group));
+    if (auto group = PodGroup(observed.pipeline, {.replica = pod.replica, .epoch = pod.group_epoch}, pod.name, pod.uid)) actions.pod_groups.push_back(std::move(*group));
   }
 }
 
@@ -135,12 +138,17 @@ Actions MakePlan(const Observed& observed, const Images& images, int64_t now_sec
     const bool outdated = replica.record && replica.record->revision != *revision;
     if (outdated && all_serve && input.wanted) all_serve = false;  // this one's turn; the next waits until it serves again
     GroupPlan group = PlanGroup(observed.pipeline, input);
-    if (group.record) epoch = std::max({epoch, group.record->epoch, group.create_epoch});
+    epoch = std::max(epoch, group.highest_epoch());
     Remove(group, actions);
-    if (!group.create.empty()) {
-      Result<std::vector<nlohmann::json>> pods = GroupPods(observed.pipeline, images, {.replica = index, .epoch = group.create_epoch});
-      QP_CHECK(pods.ok()) << pods.status().ToString();  // Revision made them before
-      for (const int32_t stage : group.create) actions.create_pods.push_back(std::move((*pods)[static_cast<size_t>(stage + 1)]));
+    std::map<int64_t, std::vector<nlohmann::json>> pods;  // by their own epoch: nearly always one
+    for (const auto& [stage, made] : group.create) {
+      std::vector<nlohmann::json>& all = pods[made.pod_epoch()];
+      if (all.empty()) {
+        Result<std::vector<nlohmann::json>> built = GroupPods(observed.pipeline, images, made);
+        QP_CHECK(built.ok()) << built.status().ToString();  // Revision made them before
+        all = std::move(built).value();
+      }
+      actions.create_pods.push_back(std::move(all[static_cast<size_t>(stage + 1)]));
     }
     Tell(observed, group, actions);
     groups.push_back(std::move(group));

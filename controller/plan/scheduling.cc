@@ -38,7 +38,7 @@ void ApplyTopology(const api::QwenPipeline& pipeline, json& pod) {
   const api::Scheduling& scheduling = pipeline.spec.scheduling;
   if (scheduling.topology_key.empty()) return;
   json labels;
-  for (const std::string_view label : {contract::kLabelPipeline, contract::kLabelReplica, contract::kLabelEpoch})
+  for (const std::string_view label : {contract::kLabelPipeline, contract::kLabelReplica, contract::kLabelGroup})
     labels[std::string(label)] = pod["metadata"]["labels"][std::string(label)];
   const json term = {{"topologyKey", scheduling.topology_key}, {"labelSelector", {{"matchLabels", labels}}}};
   json& affinity = pod["spec"]["affinity"]["podAffinity"];

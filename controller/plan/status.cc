@@ -72,7 +72,7 @@ api::PipelineStatus MakeStatus(const Observed& observed, const std::vector<Group
     status.ready_replicas += group.ready;
     stages_ready += group.stages_ready;
     status.restarts += group.restarted;
-    status.epoch = std::max({status.epoch, group.record->epoch, group.create_epoch});
+    status.epoch = std::max(status.epoch, group.highest_epoch());
     failed |= group.record->phase == api::GroupPhase::kFailed;
     status.groups.push_back(*group.record);
   }

@@ -251,6 +251,9 @@ Result<kube::Requeue> Reconciler::Act(const PipelineView& view, const ObjectKey&
     recorder_.Record({.regarding = {resources::kQwenPipelines, key, view.meta.uid, view.meta.resource_version},
                       .type = notice.warning ? kube::EventType::kWarning : kube::EventType::kNormal,
                       .reason = std::move(notice.reason), .action = std::move(notice.action), .note = std::move(notice.note)});
+  // Of a pipeline that has no pods yet the pods come first: their events bring the next look, which makes Services and the rest, and
+  // where a hundred pipelines begin at once the pods of all of them are there before that.
+  if (observed.pods.empty() && observed.write_error.empty() && !actions.create_pods.empty()) actions.apply.clear();
   std::string refusal;
   Status error;
   if (!actions.add_finalizer || WriteFinalizer(view, key, true, newest, &refusal, &error)) WriteAll(view, key, actions, &refusal, &error);

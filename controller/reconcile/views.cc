@@ -82,6 +82,7 @@ PodView DecodePod(const Json& object) {
   pod.replica = static_cast<int32_t>(Number(view.meta, contract::kLabelReplica, 0));
   pod.stage = static_cast<int32_t>(Number(view.meta, contract::kLabelStage, -1));
   pod.epoch = Number(view.meta, contract::kLabelEpoch, 0);
+  pod.group_epoch = Number(view.meta, contract::kLabelGroup, pod.epoch);
   const auto revision = view.meta.labels.find(std::string(contract::kLabelRevision));
   if (revision != view.meta.labels.end()) pod.revision = revision->second;
   pod.deleting = view.meta.deleting;

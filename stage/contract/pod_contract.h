@@ -84,6 +84,7 @@ inline constexpr std::string_view kLabelRole = "qwenpipeline.dev/role";         
 inline constexpr std::string_view kLabelStage = "qwenpipeline.dev/stage";          // Index of the stage.
 inline constexpr std::string_view kLabelReplica = "qwenpipeline.dev/replica";      // Index of the whole pipeline, from 0.
 inline constexpr std::string_view kLabelEpoch = "qwenpipeline.dev/epoch";          // The epoch key: part of the pod's name too.
+inline constexpr std::string_view kLabelGroup = "qwenpipeline.dev/group";          // Epoch at which the pod's group began; below the pod's own if it replaced another.
 inline constexpr std::string_view kLabelRevision = "qwenpipeline.dev/revision";    // Hash of the pod template's inputs.
 inline constexpr std::string_view kRoleHead = "head";
 inline constexpr std::string_view kRoleStage = "stage";

@@ -156,6 +156,11 @@ void Engine::UpdateStats(int64_t now_micros) {
   std::lock_guard<std::mutex> lock(mutex_);
   stats_.epoch = scheduler_.epoch();
   stats_.group_ready = scheduler_.ready();
+  if (stats_.group_ready) {
+    stats_.not_ready_since_micros = 0;
+  } else if (stats_.not_ready_since_micros == 0) {
+    stats_.not_ready_since_micros = now_micros;
+  }
   stats_.stages = scheduler_.stages();
   stats_.running = scheduler_.running_count();
   stats_.waiting = scheduler_.waiting_count();

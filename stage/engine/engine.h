@@ -26,6 +26,7 @@ namespace qwen::engine {
 struct EngineStats {
   uint64_t epoch = 0;             // of the last GroupReady; 0 before the first
   bool group_ready = false;       // plans can be submitted
+  int64_t not_ready_since_micros = 0;  // by the clock of Step; 0 while ready, and before the first Step
   std::string group_lost_reason;  // why not; "waiting for the first group" at the start, empty when ready
   int32_t stages = 0;             // of the last GroupReady
   int32_t running = 0;            // sequences that hold a slot and blocks

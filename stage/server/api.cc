@@ -302,6 +302,10 @@ HttpResponse Api::Health() const {
 HttpResponse Api::Ready() const {
   const std::string reason = NotReadyReason();
   if (reason.empty()) return JsonResponse({{"status", "ready"}});
+  const engine::EngineStats stats = deps_.engine.stats();
+  const bool recovering = !stats.group_ready && stats.epoch > 0;
+  if (!shared_->admission.draining() && recovering && deps_.clock.NowMicros() - stats.not_ready_since_micros < options_.recovery_hold.count())
+    return JsonResponse({{"status", "recovering"}, {"reason", reason}});
   HttpResponse response = JsonResponse({{"status", "not ready"}, {"reason", reason}});
   response.status = 503;
   response.headers.emplace_back("Retry-After", "5");

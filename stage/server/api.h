@@ -5,6 +5,7 @@
 // Lifetime: everything in Dependencies outlives it; the HttpServer that calls it and the engine thread stop before it goes.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -30,6 +31,9 @@ class Api {
     size_t worker_queue = 256;  // requests that wait for a worker; one more is a 429
     int64_t vision_bytes_max = 8ll << 30;
     std::string version;
+    // For so long after it lost its group a head that has served says that it is ready: requests wait in its queue until the stage that
+    // was lost is replaced, where without a ready head a load balancer would refuse them.
+    std::chrono::microseconds recovery_hold{0};
   };
   struct Dependencies {
     const ModelAssets& assets;

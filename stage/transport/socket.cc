@@ -160,11 +160,27 @@ Socket::~Socket() {
   if (fd_ >= 0) close(fd_);
 }
 
+namespace {
+
+// One of `parts` equal parts of the time that is left; without a deadline 5 s, but for the last.
+Deadline ShareOf(Deadline deadline, int parts) {
+  if (parts <= 1) return deadline;
+  const auto now = std::chrono::steady_clock::now();
+  if (deadline == kNoDeadline) return now + std::chrono::seconds(5);
+  return now + (deadline - now) / parts;
+}
+
+}  // namespace
+
 Result<Socket> Socket::Connect(const Endpoint& endpoint, Deadline deadline, const Interrupt& interrupt) {
   AddressList addresses;
   RETURN_IF_ERROR(Resolve(endpoint, 0, addresses));
   Status last = UnavailableError("connect " + ToString(endpoint) + ": no address");
-  for (const addrinfo* a = addresses.head; a != nullptr; a = a->ai_next) {
+  // A name may have an address where nobody answers any more beside the one that counts: each gets its share of the time.
+  int left = 0;
+  for (const addrinfo* a = addresses.head; a != nullptr; a = a->ai_next) ++left;
+  for (const addrinfo* a = addresses.head; a != nullptr; a = a->ai_next, --left) {
+    const Deadline share = ShareOf(deadline, left);
     const int fd = socket(a->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (fd < 0) {
       last = ErrnoError("socket", errno);
@@ -174,7 +190,7 @@ Result<Socket> Socket::Connect(const Endpoint& endpoint, Deadline deadline, cons
     if (connect(fd, a->ai_addr, a->ai_addrlen) != 0) {
       int error = errno;
       if (error == EINPROGRESS) {
-        Status waited = Wait(fd, POLLOUT, deadline, interrupt);
+        Status waited = Wait(fd, POLLOUT, share, interrupt);
         if (!waited.ok()) {
           if (waited.code() == StatusCode::kCancelled) return waited;
           last = UnavailableError("connect " + ToString(endpoint) + ": " + waited.message());

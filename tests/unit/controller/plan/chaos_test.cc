@@ -61,7 +61,14 @@ TEST(Chaos, WhateverHappenedWhatWasAskedForServesInTheEnd) {
     EXPECT_TRUE(world.Is("Ready").value) << world.ReadyMessage();
     EXPECT_EQ(world.observed.pods.size(), 2u * static_cast<size_t>(*spec.stages.count + 1)) << world.Pods();
     for (const api::GroupRecord& group : world.observed.previous.groups) {
-      for (const ObservedPod& pod : world.observed.pods) EXPECT_TRUE(pod.replica != group.replica || pod.epoch == group.epoch) << pod.name;
+      for (const ObservedPod& pod : world.observed.pods) {
+        if (pod.replica != group.replica) continue;
+        int64_t expected = group.epoch;
+        for (const api::Replacement& one : group.replaced)
+          if (one.stage == pod.stage) expected = one.epoch;
+        EXPECT_EQ(pod.epoch, expected) << pod.name;
+        EXPECT_EQ(pod.group_epoch, group.epoch) << pod.name;
+      }
     }
     world.observed.deleting = true;
     for (int i = 0; i < 4; ++i) world.Settle(), world.KubeletRuns();

@@ -58,9 +58,127 @@ TEST(Group, WhatACrashLeftHalfCreatedIsCompletedUnderTheSameEpoch) {
   EXPECT_EQ(world.observed.previous.restarts, 0);
 }
 
-TEST(Group, ALostPodReplacesTheWholeGroupUnderTheNextEpoch) {
+TEST(Group, OfAGroupThatServedOnlyTheLostPodIsMadeAgain) {
   World world;
   world.Serve();
+  world.End("q-0-stage-0-1", 137);
+  const Actions actions = world.Step();
+  EXPECT_EQ(world.Pods(), "q-0-head-1 q-0-stage-0-2 q-0-stage-1-1");
+  ASSERT_EQ(actions.delete_pods.size(), 1u);
+  EXPECT_EQ(actions.delete_pods[0].name, "q-0-stage-0-1");
+  EXPECT_EQ(world.observed.previous.restarts, 1);
+  EXPECT_EQ(world.observed.previous.epoch, 2);
+  EXPECT_NE(world.ReadyMessage().find("pod q-0-stage-0-1 ended: exit code 137; stage 0 is made again under epoch 2, the other stages keep their weights"), std::string::npos)
+      << world.ReadyMessage();
+  ASSERT_EQ(actions.notices.size(), 1u);
+  EXPECT_EQ(actions.notices[0].reason, "PodLost");
+  world.Serve();
+  EXPECT_TRUE(world.Is("Ready").value) << world.ReadyMessage();
+  EXPECT_EQ(world.observed.previous.groups[0].mending_epoch, 0);
+  // Again, and then another one of the same group: each keeps the rest.
+  world.Lose("q-0-stage-0-2");
+  world.Settle();
+  world.now += 100;
+  world.Serve();
+  EXPECT_EQ(world.Pods(), "q-0-head-1 q-0-stage-0-3 q-0-stage-1-1");
+  world.Lose("q-0-stage-1-1");
+  world.Settle();
+  world.now += 100;
+  world.Serve();
+  EXPECT_EQ(world.Pods(), "q-0-head-1 q-0-stage-0-3 q-0-stage-1-4");
+  EXPECT_TRUE(world.Is("Ready").value) << world.ReadyMessage();
+}
+
+TEST(Group, ALostHeadIsReplacedUnderTheNameThatItsStagesDial) {
+  World world;
+  world.Serve();
+  world.Lose("q-0-head-1");
+  const Actions actions = world.Step();
+  EXPECT_EQ(world.Pods(), "q-0-head-2 q-0-stage-0-1 q-0-stage-1-1");
+  ASSERT_EQ(actions.create_pods.size(), 1u);
+  const auto& head = actions.create_pods[0];
+  EXPECT_EQ(head["spec"]["hostname"], "q-0-head-1");
+  EXPECT_EQ(head["metadata"]["labels"]["qwenpipeline.dev/group"], "1");
+  EXPECT_EQ(head["metadata"]["labels"]["qwenpipeline.dev/epoch"], "2");
+}
+
+TEST(Group, TwoThatAreLostOneAfterTheOtherAreBothMadeAgain) {
+  World world(3);
+  world.Serve();
+  world.Lose("q-0-stage-0-1");
+  world.Settle();
+  world.Lose("q-0-stage-2-1");  // before the group serves again
+  world.Settle();
+  world.now += 100;
+  world.Settle();
+  EXPECT_EQ(world.Pods(), "q-0-head-1 q-0-stage-0-2 q-0-stage-1-1 q-0-stage-2-3");
+  world.Serve();
+  EXPECT_TRUE(world.Is("Ready").value) << world.ReadyMessage();
+}
+
+TEST(Group, AReplacementThatFailsBeforeAllServeBeginsTheGroupAnew) {
+  World world;
+  world.Serve();
+  world.Lose("q-0-stage-0-1");
+  world.Settle();
+  world.End("q-0-stage-0-2", 67);
+  world.Settle();  // waits for the back-off
+  world.now += 100;
+  world.Settle();
+  EXPECT_EQ(world.Pods(), "q-0-head-3 q-0-stage-0-3 q-0-stage-1-3");
+  world.Serve();
+  EXPECT_TRUE(world.Is("Ready").value) << world.ReadyMessage();
+}
+
+TEST(Group, AReplacementThatDoesNotStartIsNotAReasonToRestartTheOthers) {
+  World world;
+  world.observed.pipeline.spec.restart.startup_timeout_seconds = 900;
+  world.Serve();
+  for (ObservedPod& pod : world.observed.pods) pod.started_seconds = world.now;
+  world.Lose("q-0-stage-0-1");
+  world.Settle();
+  for (ObservedPod& pod : world.observed.pods) pod.ready = false;  // nobody serves without it
+  world.Find("q-0-stage-0-2").unschedulable = true;
+  world.now += 100'000;
+  world.Settle();
+  EXPECT_EQ(world.Pods(), "q-0-head-1 q-0-stage-0-2 q-0-stage-1-1");
+  EXPECT_EQ(world.ReadyReason(), "Unschedulable");
+  ObservedPod& late = world.Find("q-0-stage-0-2");
+  late.unschedulable = false, late.phase = PodPhase::kRunning, late.started_seconds = world.now;
+  const Actions loading = world.Settle();
+  EXPECT_EQ(loading.wake_seconds, world.now + 900);
+  world.now += 900;  // it runs, and is not ready when its start-up time is over
+  world.Settle();
+  world.now += 100;
+  world.Settle();
+  EXPECT_EQ(world.Pods(), "q-0-head-3 q-0-stage-0-3 q-0-stage-1-3");
+}
+
+TEST(Group, ReplacementsSurviveTheLossOfTheStatus) {
+  World world;
+  world.Serve();
+  world.Lose("q-0-stage-1-1");
+  world.Serve();
+  world.observed.previous = {};
+  world.Serve();
+  EXPECT_EQ(world.Pods(), "q-0-head-1 q-0-stage-0-1 q-0-stage-1-2");
+  EXPECT_TRUE(world.Is("Ready").value) << world.ReadyMessage();
+  EXPECT_EQ(world.observed.previous.epoch, 2);
+}
+
+TEST(Group, AGangThatIsAdmittedAsAWholeIsReplacedAsAWhole) {
+  World world;
+  world.observed.pipeline.spec.scheduling.gang = api::Gang::kKueue;
+  world.observed.pipeline.spec.scheduling.queue_name = "team";
+  world.Serve();
+  world.Lose("q-0-stage-0-1");
+  world.Step();
+  EXPECT_EQ(world.Pods(), "q-0-head-2 q-0-stage-0-2 q-0-stage-1-2");
+}
+
+TEST(Group, AGroupThatNeverServedIsReplacedAsAWholeUnderTheNextEpoch) {
+  World world;
+  world.Settle();
   world.Lose("q-0-stage-0-1");
   const Actions actions = world.Step();
   EXPECT_EQ(world.Pods(), "q-0-head-2 q-0-stage-0-2 q-0-stage-1-2");
@@ -96,7 +214,7 @@ TEST(Group, ACrashLoopBacksOffNamesTheReasonAndEndsWithItsBudget) {
       world.Step();
     }
     ++epoch;
-    EXPECT_NE(world.Pods().find("q-0-head-" + std::to_string(epoch)), std::string::npos) << world.Pods();
+    EXPECT_EQ(world.Pods(), "q-0-head-1 q-0-stage-0-1 q-0-stage-1-" + std::to_string(epoch));
     world.KubeletRuns();
     world.Settle();
     EXPECT_TRUE(world.Is("Ready").value);
@@ -157,10 +275,10 @@ TEST(Node, APodOnALostNodeIsLostAtOnceAndNothingWaitsForIt) {
   world.Serve();
   world.SetNode("n1", NodeState::kLost);  // its pod says Running and Ready still: nobody is there to say anything else
   const Actions actions = world.Step();
-  EXPECT_EQ(world.Pods(), "q-0-head-2 q-0-stage-0-2 q-0-stage-1-2");
+  EXPECT_EQ(world.Pods(), "q-0-head-1 q-0-stage-0-2 q-0-stage-1-1");
   EXPECT_EQ(world.observed.previous.restarts, 1);
   EXPECT_NE(world.ReadyMessage().find("pod q-0-stage-0-1 is lost: node n1 is not ready"), std::string::npos) << world.ReadyMessage();
-  EXPECT_EQ(actions.delete_pods.size(), 3u);
+  EXPECT_EQ(actions.delete_pods.size(), 1u);
   world.KubeletRuns();
   world.Settle();
   EXPECT_TRUE(world.Is("Ready").value) << "the pod that is stuck on its node hinders nothing: " << world.ReadyMessage();
@@ -215,11 +333,11 @@ TEST(Node, WhatKubernetesDeletesOnANodeThatIsGoneGoesDuringABackOffToo) {
   world.Serve();
   world.End("q-0-stage-1-2", 70);
   world.Settle();  // the second failure waits
-  ObservedPod& pod = world.Find("q-0-stage-0-2");
+  ObservedPod& pod = world.Find("q-0-stage-0-1");
   pod.deleting = true;
   world.SetNode(pod.node, NodeState::kGone);
   world.Step();
-  EXPECT_EQ(world.Pods().find("q-0-stage-0-2"), std::string::npos) << world.Pods();
+  EXPECT_EQ(world.Pods().find("q-0-stage-0-1"), std::string::npos) << world.Pods();
   EXPECT_EQ(world.ReadyReason(), "CrashLoop");
   world.Settle();
 }

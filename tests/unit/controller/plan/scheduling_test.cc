@@ -63,11 +63,13 @@ TEST(Scheduling, APodGroupIsWantedAsSoonAsItsHeadIsThere) {
   observed.pipeline = Pipeline();
   observed.pipeline.spec.scheduling.gang = api::Gang::kVolcano;
   EXPECT_TRUE(MakePlan(observed, {.head = "h", .stage = "s"}, 5).pod_groups.empty());
-  observed.pods.push_back({.name = "q-0-head-1", .uid = "u", .epoch = 1});
-  observed.pods.push_back({.name = "q-0-stage-0-1", .uid = "v", .stage = 0, .epoch = 1});
+  observed.pods.push_back({.name = "q-0-head-1", .uid = "u", .epoch = 1, .group_epoch = 1});
+  observed.pods.push_back({.name = "q-0-stage-0-1", .uid = "v", .stage = 0, .epoch = 1, .group_epoch = 1});
   const std::vector<json> groups = MakePlan(observed, {.head = "h", .stage = "s"}, 5).pod_groups;
   ASSERT_EQ(groups.size(), 1u);
   EXPECT_EQ(groups[0]["metadata"]["name"], "q-0-1");
+  observed.pods[0].epoch = 4;
+  EXPECT_EQ(MakePlan(observed, {.head = "h", .stage = "s"}, 5).pod_groups[0]["metadata"]["name"], "q-0-1") << "a head that replaced another is of the same gang";
   observed.pods[0].deleting = true;
   EXPECT_TRUE(MakePlan(observed, {.head = "h", .stage = "s"}, 5).pod_groups.empty()) << "it goes with its head";
 }
@@ -76,7 +78,7 @@ TEST(Scheduling, PodsOfOneGroupAreDrawnTogether) {
   api::QwenPipeline pipeline = Pipeline();
   pipeline.spec.scheduling.topology_key = "rack";
   const json term = json::parse(R"({"topologyKey": "rack", "labelSelector": {"matchLabels": {
-    "qwenpipeline.dev/pipeline": "q", "qwenpipeline.dev/replica": "1", "qwenpipeline.dev/epoch": "7"}}})");
+    "qwenpipeline.dev/pipeline": "q", "qwenpipeline.dev/replica": "1", "qwenpipeline.dev/group": "7"}}})");
   for (const json& pod : Pods(pipeline))
     EXPECT_EQ(pod["spec"]["affinity"], (json{{"podAffinity", {{"preferredDuringSchedulingIgnoredDuringExecution", json::array({{{"weight", 100}, {"podAffinityTerm", term}}})}}}}));
   pipeline.spec.scheduling.topology_policy = api::TopologyPolicy::kRequired;

@@ -75,7 +75,8 @@ class Export : public ::testing::Test {
     for (const json& pod : actions.create_pods) {
       const json& labels = pod["metadata"]["labels"];
       observed_.pods.push_back({.name = pod["metadata"]["name"], .uid = "u", .stage = labels.contains("qwenpipeline.dev/stage") ? std::stoi(labels["qwenpipeline.dev/stage"].get<std::string>()) : -1,
-                                .epoch = std::stoi(labels["qwenpipeline.dev/epoch"].get<std::string>()), .revision = labels["qwenpipeline.dev/revision"],
+                                .epoch = std::stoi(labels["qwenpipeline.dev/epoch"].get<std::string>()),
+                                .group_epoch = std::stoi(labels["qwenpipeline.dev/group"].get<std::string>()), .revision = labels["qwenpipeline.dev/revision"],
                                 .phase = PodPhase::kRunning, .ready = true, .node = "n"});
     }
     return actions;

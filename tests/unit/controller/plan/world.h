@@ -29,7 +29,10 @@ class World {
     Actions actions = MakePlan(observed, images, now);
     observed.previous = actions.status;
     for (const api::GroupRecord& group : observed.previous.groups) {
-      if (group.phase == api::GroupPhase::kFormed) formed_ever.insert({group.replica, group.epoch});
+      if (group.phase == api::GroupPhase::kFormed) {
+        formed_ever.insert({group.replica, group.epoch});
+        for (const api::Replacement& one : group.replaced) formed_ever.insert({group.replica, one.epoch});
+      }
       if (group.next && group.next->phase == api::GroupPhase::kFormed) formed_ever.insert({group.replica, group.next->epoch});
     }
     if (actions.add_finalizer) observed.has_finalizer = true;
@@ -61,9 +64,10 @@ class World {
       made.replica = std::stoi(labels["qwenpipeline.dev/replica"].get<std::string>());
       made.stage = labels.contains("qwenpipeline.dev/stage") ? std::stoi(labels["qwenpipeline.dev/stage"].get<std::string>()) : -1;
       made.epoch = std::stoi(labels["qwenpipeline.dev/epoch"].get<std::string>());
+      made.group_epoch = std::stoi(labels["qwenpipeline.dev/group"].get<std::string>());
       made.revision = labels["qwenpipeline.dev/revision"];
       made.node = FineNode();
-      EXPECT_FALSE(formed_ever.contains({made.replica, made.epoch})) << name << ": that group was complete once";
+      EXPECT_FALSE(formed_ever.contains({made.replica, made.epoch})) << name << ": all of that epoch were there once";
       observed.pods.push_back(made);
     }
     return actions;

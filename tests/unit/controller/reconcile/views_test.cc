@@ -25,12 +25,20 @@ TEST(Views, APodIsWhoItsLabelsSay) {
   EXPECT_EQ(view.pod.replica, 1);
   EXPECT_EQ(view.pod.stage, 2);
   EXPECT_EQ(view.pod.epoch, 7);
+  EXPECT_EQ(view.pod.group_epoch, 7) << "of a pod that an older operator made";
   EXPECT_EQ(view.pod.revision, "abc");
   EXPECT_EQ(view.pod.phase, plan::PodPhase::kRunning);
   EXPECT_EQ(view.pod.node, "");
   EXPECT_TRUE(view.pod.ready);
   EXPECT_FALSE(view.pod.deleting);
   EXPECT_FALSE(view.pod.exit_code);
+}
+
+TEST(Views, AReplacementKnowsWhenItsGroupBegan) {
+  Json pod = Pod({{"phase", "Running"}});
+  pod["metadata"]["labels"]["qwenpipeline.dev/group"] = "3";
+  EXPECT_EQ(DecodePod(pod).pod.epoch, 7);
+  EXPECT_EQ(DecodePod(pod).pod.group_epoch, 3);
 }
 
 TEST(Views, APodWithoutAStageIsAHead) {

@@ -416,6 +416,28 @@ TEST(Readiness, IsRefusedWhileLoadingAndQueuesWhileAGroupIsLost) {
   EXPECT_EQ(late.Json()["choices"][0]["message"]["content"], "late but here");
 }
 
+TEST(Readiness, IsHeldForAWhileSoThatNobodyIsRefusedWhileALostStageComesBack) {
+  TestHead head({.api = {.workers = 2, .version = "test", .recovery_hold = std::chrono::milliseconds(300)}});
+  auto client = head.Connect();
+  EXPECT_EQ(client.Get("/ready").status, 200);
+  head.stages.LoseGroup();
+  for (int i = 0; i < 2000 && client.Get("/ready").Json()["status"] != "recovering"; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  const auto held = client.Get("/ready");
+  EXPECT_EQ(held.status, 200);
+  EXPECT_EQ(held.Json()["reason"], "stage 1 was lost");
+  for (int i = 0; i < 5000 && client.Get("/ready").status == 200; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  EXPECT_EQ(client.Get("/ready").status, 503) << "it does not come back: others shall have the requests";
+  head.stages.Announce();
+  for (int i = 0; i < 2000 && client.Get("/ready").status != 200; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  EXPECT_EQ(client.Get("/ready").Json()["status"], "ready");
+
+  TestHead loading({.api = {.workers = 2, .version = "test", .recovery_hold = std::chrono::hours(1)}}, /*group=*/false);
+  EXPECT_EQ(loading.Connect().Get("/ready").status, 503) << "one that never served has nothing to recover";
+  head.stages.LoseGroup();
+  head.api.StartDraining();
+  EXPECT_EQ(client.Get("/ready").status, 503);
+}
+
 TEST(Overload, AnswersTooManyRequestsWhenTheQueueIsFull) {
   TestHead head({.engine = {.queue_capacity = 1}});
   head.stages.Pause(true);
