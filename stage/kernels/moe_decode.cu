@@ -3,6 +3,7 @@
 #include "stage/kernels/common/ptx.cuh"
 #include "stage/kernels/common/reduce.cuh"
 #include "stage/kernels/common/route.cuh"
+#include "stage/kernels/common/weight.cuh"
 #include "stage/kernels/moe_decode.h"
 
 namespace qwen::kernels {
@@ -102,13 +103,44 @@ __global__ void __launch_bounds__(1024) MoeGroupKernel(MoeShapeArgs shape, MoeRo
 
 constexpr int kWarps = 8;
 
+// acc += kUnroll steps of weights, of kRows rows of tiles and kHalves matrices (gate and up, or one), times kTiles columns of
+// activations. Each weight is prepared once for all columns.
+template <typename T, int kUnroll, int kRows, int kHalves, int kTiles>
+__device__ __forceinline__ void MultiplySteps(float (&acc)[kRows][kHalves][kTiles][4], const uint4 (&a)[kUnroll][kRows][2 * kHalves], const float (&scale)[kUnroll][kHalves],
+                                              const uint4 (&b)[kUnroll][kTiles][T::kVectors]) {
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    if constexpr (T::kVectors == 1) {  // bf16: weights are operands as they are
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+          for (int half = 0; half < kHalves; ++half) T::Multiply(acc[r][half][i], T::Prepare(a[u][r][2 * half], a[u][r][2 * half + 1], 1.0f), b[u][i]);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+          const auto operand = T::Prepare(a[u][r][2 * half], a[u][r][2 * half + 1], scale[u][half]);
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i) T::Multiply(acc[r][half][i], operand, b[u][i]);
+        }
+      }
+    }
+  }
+}
+
 // One block: 16 * kRows gate rows and as many up rows of one active expert, for all its tokens, 8 * kTiles at a time. Eight
 // warps split k. kUnroll divides the k steps of a warp: 4 rows * kRows * 16 B * kUnroll a thread are in flight. The first
 // weights are asked for before it is known which tokens they meet: that is a chain of two loads.
-template <int kTiles, int kUnroll, int kRows = 1, int kBlocks = 2>
-__global__ void __launch_bounds__(kWarps * 32, kBlocks) MoeGateUpKernel(MoeShapeArgs shape, const __nv_bfloat16* x, const __nv_bfloat16* gate_up, MoeRouting routing,
+template <int kTiles, int kUnroll, int kRows = 1, int kBlocks = 2, typename W = __nv_bfloat16>
+__global__ void __launch_bounds__(kWarps * 32, kBlocks) MoeGateUpKernel(MoeShapeArgs shape, const __nv_bfloat16* x, typename WeightTraits<W>::Matrix gate_up, MoeRouting routing,
                                                                __nv_bfloat16* h) {
-  constexpr int kColumns = kTiles * 8;
+  using T = WeightTraits<W>;
+  constexpr int kColumns = kTiles * 8, kStep = T::kStepColumns, kLane = kStep / 4;  // columns of a step, and a lane's
   __shared__ float partial[kWarps][2][kColumns][16 + 1];
   GridDependencyWait();
   GridDependencyLaunch();
@@ -117,17 +149,23 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) MoeGateUpKernel(MoeShape
   if (expert < 0) return;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int row = blockIdx.x * 16 * kRows;
-  const int k_begin = warp * (shape.hidden / kWarps), steps = shape.hidden / kWarps / 32;
-  const __nv_bfloat16* gate = gate_up + (static_cast<size_t>(expert) * 2 * shape.inter + row + g) * shape.hidden + k_begin + t * 8;
-  const __nv_bfloat16* up = gate + static_cast<size_t>(shape.inter) * shape.hidden;
+  const int k_begin = warp * (shape.hidden / kWarps), steps = shape.hidden / kWarps / kStep;
+  const W* gate = T::Values(gate_up) + (static_cast<size_t>(expert) * 2 * shape.inter + row + g) * shape.hidden + k_begin + t * kLane;
+  const W* up = gate + static_cast<size_t>(shape.inter) * shape.hidden;
   const size_t eight = static_cast<size_t>(8) * shape.hidden;
+  const int scale_stride = Fp8ScaleStride(shape.hidden);
   uint4 a[kUnroll][kRows][4];
+  float scale[kUnroll][2];
   auto load_weights = [&](int step) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        scale[u][half] = T::Scale(gate_up, (static_cast<size_t>(expert) * 2 + half) * shape.inter + row, k_begin + (step + u) * kStep, scale_stride);
+      }
+#pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const size_t k = (step + u) * 32 + 2 * r * eight;
+        const size_t k = (step + u) * kStep + 2 * r * eight;
         a[u][r][0] = LoadStream(gate + k);
         a[u][r][1] = LoadStream(gate + eight + k);
         a[u][r][2] = LoadStream(up + k);
@@ -142,27 +180,20 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) MoeGateUpKernel(MoeShape
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       const int at = min(base + i * 8 + g, last - 1);  // columns past the end repeat the last one; nobody reads theirs
-      xb[i] = x + static_cast<size_t>(routing.order[at] / shape.top_k) * shape.hidden + k_begin + t * 8;
+      xb[i] = x + static_cast<size_t>(routing.order[at] / shape.top_k) * shape.hidden + k_begin + t * kLane;
     }
     float acc[kRows][2][kTiles][4] = {};
     for (int step = 0; step < steps; step += kUnroll) {
-      uint4 b[kUnroll][kTiles];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-        for (int i = 0; i < kTiles; ++i) b[u][i] = LoadActivation(xb[i] + (step + u) * 32);
-      }
+      uint4 b[kUnroll][kTiles][T::kVectors];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-          for (int r = 0; r < kRows; ++r) {
-            MmaK32(acc[r][0][i], a[u][r][0], a[u][r][1], b[u][i]);
-            MmaK32(acc[r][1][i], a[u][r][2], a[u][r][3], b[u][i]);
-          }
+          for (int v = 0; v < T::kVectors; ++v) b[u][i][v] = LoadActivation(xb[i] + (step + u) * kStep + v * 8);
         }
       }
+      MultiplySteps<T>(acc, a, scale, b);
       if (step + kUnroll < steps) {
         load_weights(step + kUnroll);
       } else if (base + kColumns < last) {
@@ -203,10 +234,11 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) MoeGateUpKernel(MoeShape
 
 // One block: 32 * kRows rows of the down projection of one active expert. Four warps split k, two halves take 16 * kRows rows
 // each.
-template <int kTiles, int kUnroll, int kRows = 1, int kBlocks = (kTiles == 1 ? 3 : 2)>
-__global__ void __launch_bounds__(kWarps * 32, kBlocks) MoeDownKernel(MoeShapeArgs shape, const __nv_bfloat16* h, const __nv_bfloat16* down, MoeRouting routing,
+template <int kTiles, int kUnroll, int kRows = 1, int kBlocks = (kTiles == 1 ? 3 : 2), typename W = __nv_bfloat16>
+__global__ void __launch_bounds__(kWarps * 32, kBlocks) MoeDownKernel(MoeShapeArgs shape, const __nv_bfloat16* h, typename WeightTraits<W>::Matrix down, MoeRouting routing,
                                                              __nv_bfloat16* out) {
-  constexpr int kColumns = kTiles * 8, kSplits = kWarps / 2;
+  using T = WeightTraits<W>;
+  constexpr int kColumns = kTiles * 8, kSplits = kWarps / 2, kStep = T::kStepColumns, kLane = kStep / 4;
   __shared__ float partial[kSplits][kColumns][32 + 1];
   GridDependencyWait();
   GridDependencyLaunch();
@@ -216,16 +248,19 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) MoeDownKernel(MoeShapeAr
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const int half = warp & 1, split = warp >> 1;
   const int row = blockIdx.x * 32 * kRows;
-  const int k_begin = split * (shape.inter / kSplits), steps = shape.inter / kSplits / 32;
-  const __nv_bfloat16* w0 = down + (static_cast<size_t>(expert) * shape.hidden + row + half * 16 + g) * shape.inter + k_begin + t * 8;
+  const int k_begin = split * (shape.inter / kSplits), steps = shape.inter / kSplits / kStep;
+  const W* w0 = T::Values(down) + (static_cast<size_t>(expert) * shape.hidden + row + half * 16 + g) * shape.inter + k_begin + t * kLane;
   const size_t eight = static_cast<size_t>(8) * shape.inter;
+  const int scale_stride = Fp8ScaleStride(shape.inter);
   uint4 a[kUnroll][kRows][2];
+  float scale[kUnroll][1];
   auto load_weights = [&](int step) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
+      scale[u][0] = T::Scale(down, static_cast<size_t>(expert) * shape.hidden + row, k_begin + (step + u) * kStep, scale_stride);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const size_t k = (step + u) * 32 + 4 * r * eight;
+        const size_t k = (step + u) * kStep + 4 * r * eight;
         a[u][r][0] = LoadStream(w0 + k);
         a[u][r][1] = LoadStream(w0 + eight + k);
       }
@@ -238,24 +273,20 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) MoeDownKernel(MoeShapeAr
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       const int at = min(base + i * 8 + g, last - 1);
-      hb[i] = h + static_cast<size_t>(routing.order[at]) * shape.inter + k_begin + t * 8;
+      hb[i] = h + static_cast<size_t>(routing.order[at]) * shape.inter + k_begin + t * kLane;
     }
-    float acc[kRows][kTiles][4] = {};
+    float acc[kRows][1][kTiles][4] = {};
     for (int step = 0; step < steps; step += kUnroll) {
-      uint4 b[kUnroll][kTiles];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-        for (int i = 0; i < kTiles; ++i) b[u][i] = LoadActivation(hb[i] + (step + u) * 32);
-      }
+      uint4 b[kUnroll][kTiles][T::kVectors];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-          for (int r = 0; r < kRows; ++r) MmaK32(acc[r][i], a[u][r][0], a[u][r][1], b[u][i]);
+          for (int v = 0; v < T::kVectors; ++v) b[u][i][v] = LoadActivation(hb[i] + (step + u) * kStep + v * 8);
         }
       }
+      MultiplySteps<T>(acc, a, scale, b);
       if (step + kUnroll < steps) {
         load_weights(step + kUnroll);
       } else if (base + kColumns < last) {
@@ -267,10 +298,10 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks) MoeDownKernel(MoeShapeAr
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
         float* p = &partial[split][i * 8 + 2 * t][half * 16];
-        p[g] = acc[r][i][0];
-        p[33 + g] = acc[r][i][1];
-        p[g + 8] = acc[r][i][2];
-        p[33 + g + 8] = acc[r][i][3];
+        p[g] = acc[r][0][i][0];
+        p[33 + g] = acc[r][0][i][1];
+        p[g + 8] = acc[r][0][i][2];
+        p[33 + g + 8] = acc[r][0][i][3];
       }
       __syncthreads();
       for (int i = threadIdx.x; i < kColumns * 32; i += blockDim.x) {
@@ -355,6 +386,20 @@ cudaError_t MoeGateUp(const MoeShapeArgs& shape, const __nv_bfloat16* x, const _
   return Launch(MoeGateUpKernel<4, 2>, launch, stream, shape, x, gate_up, routing, h);
 }
 
+// Cuts of FP8 are guesses until MoeVariants.Speed has run: as many bytes in flight as bf16 has, where the registers allow it (a step
+// is 64 columns and needs twice the activations).
+cudaError_t MoeGateUp(const MoeShapeArgs& shape, const __nv_bfloat16* x, const Fp8Matrix& gate_up, const MoeRouting& routing, __nv_bfloat16* h, cudaStream_t stream) {
+  if (!Valid(shape) || shape.hidden % (kWarps * 64) != 0 || shape.inter % kFp8Block != 0) return cudaErrorInvalidValue;
+  const LaunchShape launch = {.grid = dim3(shape.inter / 16, ActiveMax(shape)), .block = dim3(kWarps * 32)};
+  if (shape.hidden / kWarps / 64 % 4 != 0) {
+    return shape.tokens <= 16 ? Launch(MoeGateUpKernel<1, 1, 1, 2, Fp8>, launch, stream, shape, x, gate_up, routing, h)
+                              : Launch(MoeGateUpKernel<2, 1, 1, 2, Fp8>, launch, stream, shape, x, gate_up, routing, h);
+  }
+  if (shape.tokens <= 16) return Launch(MoeGateUpKernel<1, 4, 1, 2, Fp8>, launch, stream, shape, x, gate_up, routing, h);
+  if (shape.tokens <= 128) return Launch(MoeGateUpKernel<2, 2, 1, 2, Fp8>, launch, stream, shape, x, gate_up, routing, h);
+  return Launch(MoeGateUpKernel<4, 1, 1, 2, Fp8>, launch, stream, shape, x, gate_up, routing, h);
+}
+
 cudaError_t MoeDown(const MoeShapeArgs& shape, const __nv_bfloat16* h, const __nv_bfloat16* down, const MoeRouting& routing, __nv_bfloat16* partial,
                     cudaStream_t stream) {
   if (!Valid(shape) || shape.inter % 128 != 0 || shape.hidden % 32 != 0) return cudaErrorInvalidValue;
@@ -365,6 +410,18 @@ cudaError_t MoeDown(const MoeShapeArgs& shape, const __nv_bfloat16* h, const __n
   if (shape.tokens <= 4) return Launch(MoeDownKernel<1, 6>, launch, stream, shape, h, down, routing, partial);
   if (shape.tokens <= 128) return Launch(MoeDownKernel<2, 3, 1, 3>, launch, stream, shape, h, down, routing, partial);
   return Launch(MoeDownKernel<4, 2, 1, 3>, launch, stream, shape, h, down, routing, partial);
+}
+
+cudaError_t MoeDown(const MoeShapeArgs& shape, const __nv_bfloat16* h, const Fp8Matrix& down, const MoeRouting& routing, __nv_bfloat16* partial, cudaStream_t stream) {
+  if (!Valid(shape) || shape.inter % (kWarps / 2 * 64) != 0 || shape.hidden % kFp8Block != 0) return cudaErrorInvalidValue;
+  const LaunchShape launch = {.grid = dim3(shape.hidden / 32, ActiveMax(shape)), .block = dim3(kWarps * 32)};
+  if (shape.inter / (kWarps / 2) / 64 % 3 != 0) {
+    return shape.tokens <= 16 ? Launch(MoeDownKernel<1, 1, 1, 3, Fp8>, launch, stream, shape, h, down, routing, partial)
+                              : Launch(MoeDownKernel<2, 1, 1, 3, Fp8>, launch, stream, shape, h, down, routing, partial);
+  }
+  if (shape.tokens <= 4) return Launch(MoeDownKernel<1, 3, 1, 3, Fp8>, launch, stream, shape, h, down, routing, partial);
+  if (shape.tokens <= 128) return Launch(MoeDownKernel<2, 3, 1, 2, Fp8>, launch, stream, shape, h, down, routing, partial);
+  return Launch(MoeDownKernel<4, 1, 1, 2, Fp8>, launch, stream, shape, h, down, routing, partial);
 }
 
 cudaError_t MoeCombine(const MoeShapeArgs& shape, const __nv_bfloat16* partial, const __nv_bfloat16* residual, __nv_bfloat16* y, cudaStream_t stream) {

@@ -8,11 +8,15 @@
 //
 // Layout of weights (one of the two that checkpoints have; the loader transposes the other):
 //   gate_up: (experts, 2*inter, hidden) bf16, gate rows first        down: (experts, hidden, inter) bf16
+// or both in block FP8 (common/fp8.h): half the bytes, the same results as with the multiplied out weights but for the order of
+// sums. The FP8 kernels have not run on a GPU yet.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+
+#include "stage/kernels/common/fp8.h"
 
 namespace qwen::kernels {
 
@@ -39,11 +43,15 @@ cudaError_t MoeRoute(const MoeShapeArgs& shape, const __nv_bfloat16* logits, con
 // bytes moved: 4 * hidden * inter * (distinct experts) + small.   REQUIRES: hidden % 256 == 0, inter % 16 == 0.
 cudaError_t MoeGateUp(const MoeShapeArgs& shape, const __nv_bfloat16* x, const __nv_bfloat16* gate_up, const MoeRouting& routing,
                       __nv_bfloat16* h, cudaStream_t stream);
+// REQUIRES: hidden % 512 == 0, inter % 128 == 0.
+cudaError_t MoeGateUp(const MoeShapeArgs& shape, const __nv_bfloat16* x, const Fp8Matrix& gate_up, const MoeRouting& routing, __nv_bfloat16* h, cudaStream_t stream);
 
 // partial[a] = bf16(bf16(down(h[a])) * weight[a]); (assignments, hidden) bf16.
 // bytes moved: 2 * hidden * inter * (distinct experts) + small.   REQUIRES: inter % 128 == 0, hidden % 32 == 0.
 cudaError_t MoeDown(const MoeShapeArgs& shape, const __nv_bfloat16* h, const __nv_bfloat16* down, const MoeRouting& routing,
                     __nv_bfloat16* partial, cudaStream_t stream);
+// REQUIRES: inter % 256 == 0, hidden % 128 == 0.
+cudaError_t MoeDown(const MoeShapeArgs& shape, const __nv_bfloat16* h, const Fp8Matrix& down, const MoeRouting& routing, __nv_bfloat16* partial, cudaStream_t stream);
 
 // y = bf16(residual + bf16(sum over ranks of partial)); y may alias residual. (tokens, hidden) bf16.
 cudaError_t MoeCombine(const MoeShapeArgs& shape, const __nv_bfloat16* partial, const __nv_bfloat16* residual, __nv_bfloat16* y,

@@ -2,29 +2,39 @@
 #include "stage/kernels/common/expert_map.cuh"
 #include "stage/kernels/common/launch.cuh"
 #include "stage/kernels/common/limits.h"
+#include "stage/kernels/common/wgmma_registers.cuh"
 #include "stage/kernels/common/wgmma_wide.cuh"
 #include "stage/kernels/moe_grouped.h"
 
 namespace qwen::kernels {
 namespace {
 
-constexpr int kTokensMax = 192;  // of a tile: two accumulators of 64 x 192 fill a thread's registers
-constexpr int kStep = 16;        // a tile's tokens are a multiple of it
 constexpr int kChunk = kExpertMapColumns;  // columns of a step
-constexpr int kStages = 3;
 constexpr int kGroup = 128;         // threads of a warpgroup
 constexpr int kThreads = 3 * kGroup;  // one loads, two multiply
-constexpr int kHalf = 64 * kChunk * 2;  // bytes of 64 weight rows of a step
-constexpr int kBoxBytes = 2 * kHalf;    // one warpgroup's weights of a step, one bulk copy
-constexpr int kTokenBytes = kTokensMax * kChunk * 2;
 
-struct Shared {
-  alignas(1024) unsigned char weights[kStages][2 * kBoxBytes];
-  alignas(1024) unsigned char tokens[kStages][kTokenBytes];
-  alignas(1024) unsigned char result[2][kTokensMax * 128];  // of each multiplying warpgroup: 64 columns of its tokens
-  int first_tile[kMaxExperts + 1];                          // of each expert
+// Sizes that go with the weights' type. kTokensMax, of a tile: in bf16 two accumulators of 64 x 192 fill a thread's registers; in FP8
+// the operands that are multiplied out need some too. kStep: a tile's tokens are padded to a multiple of it. In FP8 that is 64, because
+// ptxas 13.0 finds registers for the products of two widths in one kernel, and with more it makes each wait for the one before.
+template <typename W>
+struct Cut {
+  static constexpr bool kFp8 = sizeof(W) == 1;
+  static constexpr int kTokensMax = kFp8 ? 128 : 192, kStages = kFp8 ? 5 : 3, kStep = kFp8 ? 64 : 16;
+  static constexpr int kHalf = 64 * kChunk * sizeof(W);  // bytes of 64 weight rows of a step
+  static constexpr int kBoxBytes = 2 * kHalf;            // one warpgroup's weights of a step, one bulk copy
+  static constexpr int kTokenBytes = kTokensMax * kChunk * 2;
+};
+
+template <typename W>
+struct Shared : Cut<W> {
+  using C = Cut<W>;
+  alignas(1024) unsigned char weights[C::kStages][2 * C::kBoxBytes];
+  alignas(1024) unsigned char tokens[C::kStages][C::kTokenBytes];
+  alignas(1024) unsigned char result[2][C::kTokensMax * 128];  // of each multiplying warpgroup: 64 columns of its tokens
+  int first_tile[kMaxExperts + 1];                             // of each expert
   int end[kMaxExperts];
-  uint64_t full[kStages], empty[kStages];
+  uint64_t full[C::kStages], empty[C::kStages];
+  float scale[C::kFp8 ? C::kStages : 0][2];  // of gate and up, or of both warpgroups' rows; a step lies in one block of columns
 };
 
 struct GroupedArgs {
@@ -33,17 +43,20 @@ struct GroupedArgs {
   const int32_t* source;   // gate-up: token of each sorted row
   const __nv_bfloat16* x;  // gate-up: (tokens, hidden); down: (assignments, inter)
   __nv_bfloat16* out;      // gate-up: (assignments, inter); down: (assignments, hidden)
+  const float* scales;     // of FP8 weights
 };
 
 struct Tile {
   int expert, block;      // `block`: which 256 weight rows
-  int first, tokens, padded;  // sorted rows [first, first + tokens), padded to a multiple of kStep
+  int first, tokens, padded;  // sorted rows [first, first + tokens), padded to a multiple of Cut::kStep
 };
 
+template <int kTokensMax>
 __device__ __forceinline__ int TokenTiles(int tokens) { return (tokens + kTokensMax - 1) / kTokensMax; }
 
 // Tile `index` of the list: by expert, then block of weights, then tokens; so neighbours share what the L2 cache holds.
-__device__ __forceinline__ Tile FindTile(const Shared& sm, int experts, int index) {
+template <typename W>
+__device__ __forceinline__ Tile FindTile(const Shared<W>& sm, int experts, int index) {
   int low = 0, high = experts - 1;  // the last expert that begins at or before index, among those with tiles
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -53,9 +66,10 @@ __device__ __forceinline__ Tile FindTile(const Shared& sm, int experts, int inde
       high = middle - 1;
     }
   }
-  const int begin = low == 0 ? 0 : sm.end[low - 1], count = sm.end[low] - begin, parts = TokenTiles(count);
+  const int begin = low == 0 ? 0 : sm.end[low - 1], count = sm.end[low] - begin, parts = TokenTiles<Cut<W>::kTokensMax>(count);
   const int within = index - sm.first_tile[low], part = within % parts;
-  const int share = ((count + parts - 1) / parts + kStep - 1) / kStep * kStep;
+  constexpr int kStep = Cut<W>::kStep;
+  const int share = Cut<W>::kFp8 ? Cut<W>::kTokensMax : ((count + parts - 1) / parts + kStep - 1) / kStep * kStep;
   Tile tile;
   tile.expert = low;
   tile.block = within / parts;
@@ -66,7 +80,8 @@ __device__ __forceinline__ Tile FindTile(const Shared& sm, int experts, int inde
 }
 
 // The list of tiles, in every block for itself: the host does not know how many tokens an expert has. All threads.
-__device__ __forceinline__ void ListTiles(Shared& sm, const GroupedArgs& args, int blocks) {
+template <typename W>
+__device__ __forceinline__ void ListTiles(Shared<W>& sm, const GroupedArgs& args, int blocks) {
   const int experts = args.shape.experts;
   for (int e = threadIdx.x; e < experts; e += kThreads) sm.end[e] = args.end[e];
   __syncthreads();
@@ -77,7 +92,7 @@ __device__ __forceinline__ void ListTiles(Shared& sm, const GroupedArgs& args, i
     for (int i = 0; i < kPerLane; ++i) {
       const int e = static_cast<int>(threadIdx.x) * kPerLane + i;
       own[i] = sum;
-      if (e < experts) sum += TokenTiles(sm.end[e] - (e > 0 ? sm.end[e - 1] : 0)) * blocks;
+      if (e < experts) sum += TokenTiles<Cut<W>::kTokensMax>(sm.end[e] - (e > 0 ? sm.end[e - 1] : 0)) * blocks;
     }
     int before = sum;
 #pragma unroll
@@ -99,6 +114,7 @@ __device__ __forceinline__ void ListTiles(Shared& sm, const GroupedArgs& args, i
 struct Ring {
   int stage = 0;
   uint32_t parity = 0;
+  template <int kStages>
   __device__ __forceinline__ void Advance() {
     if (++stage == kStages) {
       stage = 0;
@@ -107,8 +123,9 @@ struct Ring {
   }
 };
 
-template <bool kGateUp>
-__device__ __forceinline__ void Load(Shared& sm, Ring& ring, const CUtensorMap& map, const GroupedArgs& args, const Tile& tile, int chunks) {
+template <bool kGateUp, typename W>
+__device__ __forceinline__ void Load(Shared<W>& sm, Ring& ring, const CUtensorMap& map, const GroupedArgs& args, const Tile& tile, int chunks) {
+  constexpr int kTokensMax = Cut<W>::kTokensMax, kTokenBytes = Cut<W>::kTokenBytes, kBoxBytes = Cut<W>::kBoxBytes;
   const int thread = threadIdx.x, piece = thread % 8, row = thread / 8;
   const int columns = kGateUp ? args.shape.hidden : args.shape.inter;
   // Rows row, row + 16, ... of the tile; those past its end repeat the last. Offsets in pieces of 16 bytes.
@@ -119,6 +136,11 @@ __device__ __forceinline__ void Load(Shared& sm, Ring& ring, const CUtensorMap& 
     from[i] = static_cast<uint32_t>(kGateUp ? args.source[sorted] : sorted) * static_cast<uint32_t>(columns / 8) + piece;
   }
   const uint4* x = reinterpret_cast<const uint4*>(args.x);
+  const float* scale = nullptr;
+  if constexpr (Cut<W>::kFp8) {  // threads 0 and 1
+    const int block = kGateUp ? (tile.expert * 2 + thread) * (args.shape.inter / kFp8Block) + tile.block : tile.expert * (args.shape.hidden / kFp8Block) + tile.block * 2 + thread;
+    scale = args.scales + static_cast<size_t>(block) * Fp8ScaleStride(columns);
+  }
   const uint32_t to = SharedAddress(sm.tokens[0]) + row * 128 + (piece ^ (row % 8)) * 16;
   for (int chunk = 0; chunk < chunks; ++chunk) {
     BarrierWait(&sm.empty[ring.stage], ring.parity ^ 1);
@@ -136,8 +158,11 @@ __device__ __forceinline__ void Load(Shared& sm, Ring& ring, const CUtensorMap& 
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + ring.stage * kTokenBytes + i * 2048), "l"(x + from[i] + chunk * (kChunk / 8)) : "memory");
       }
     }
+    if constexpr (Cut<W>::kFp8) {
+      if (thread < 2) CopyAsync4(&sm.scale[ring.stage][thread], scale + chunk * kChunk / kFp8Block);
+    }
     BarrierArriveCopies(&sm.full[ring.stage]);
-    ring.Advance();
+    ring.Advance<Cut<W>::kStages>();
   }
 }
 
@@ -164,11 +189,12 @@ __device__ __forceinline__ void Store(unsigned char* staging, int barrier, const
   }
 }
 
-template <bool kGateUp, int kN>
-__device__ __forceinline__ void Multiply(Shared& sm, Ring& ring, const GroupedArgs& args, const Tile& tile, int chunks, int group) {
+// A tile's products in bf16: gate and up of the same rows, or 64 rows and the 64 after them.
+template <int kN>
+__device__ __forceinline__ void Products(Shared<__nv_bfloat16>& sm, Ring& ring, float (&acc)[2][kN / 2], int chunks, int group) {
+  constexpr int kBoxBytes = Cut<__nv_bfloat16>::kBoxBytes, kHalf = Cut<__nv_bfloat16>::kHalf;
   const int lane = threadIdx.x % 32;
-  float acc[2][kN / 2] = {};  // gate and up of the same rows, or 64 rows and the 64 after them
-  int before = -1;            // the stage whose products may still be running
+  int before = -1;  // the stage whose products may still be running
   for (int chunk = 0; chunk < chunks; ++chunk) {
     BarrierWait(&sm.full[ring.stage], ring.parity);
     FenceAsyncProxy();  // the gathered pieces were written by generic copies
@@ -184,10 +210,47 @@ __device__ __forceinline__ void Multiply(Shared& sm, Ring& ring, const GroupedAr
     WgmmaWait<1>();
     if (before >= 0 && lane == 0) BarrierArrive(&sm.empty[before]);
     before = ring.stage;
-    ring.Advance();
+    ring.Advance<Cut<__nv_bfloat16>::kStages>();
   }
   WgmmaWait<0>();
   if (lane == 0) BarrierArrive(&sm.empty[before]);
+}
+// In FP8: each half is multiplied out into registers while the other half's products run.
+template <bool kGateUp, int kN>
+__device__ __forceinline__ void ProductsFp8(Shared<Fp8>& sm, Ring& ring, float (&acc)[2][kN / 2], int chunks, int group) {
+  constexpr int kBoxBytes = Cut<Fp8>::kBoxBytes, kHalf = Cut<Fp8>::kHalf;
+  const int lane = threadIdx.x % 32, warp = static_cast<int>(threadIdx.x) % kGroup / 32;
+  uint32_t a[2][4][4];
+  int before = -1;
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    BarrierWait(&sm.full[ring.stage], ring.parity);
+    FenceAsyncProxy();
+    const uint64_t b = MatrixDescriptor(sm.tokens[ring.stage]);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      WgmmaWait<1>();  // all but the group just committed: a[half] is free, and after the first half the stage before
+      if (half == 1 && before >= 0 && lane == 0) BarrierArrive(&sm.empty[before]);
+      LoadOperands<kChunk>(a[half], sm.weights[ring.stage] + group * kBoxBytes + half * kHalf, warp * 16, 0, sm.scale[ring.stage][kGateUp ? half : group]);
+      WgmmaFence();
+#pragma unroll
+      for (int k = 0; k < kChunk / 16; ++k) WgmmaRegisters<kN>(acc[half], a[half][k], b + 2 * k);
+      WgmmaCommit();
+    }
+    before = ring.stage;
+    ring.Advance<Cut<Fp8>::kStages>();
+  }
+  WgmmaWait<0>();
+  if (lane == 0) BarrierArrive(&sm.empty[before]);
+}
+
+template <bool kGateUp, int kN, typename W>
+__device__ __forceinline__ void Multiply(Shared<W>& sm, Ring& ring, const GroupedArgs& args, const Tile& tile, int chunks, int group) {
+  float acc[2][kN / 2] = {};
+  if constexpr (Cut<W>::kFp8) {
+    ProductsFp8<kGateUp, kN>(sm, ring, acc, chunks, group);
+  } else {
+    Products<kN>(sm, ring, acc, chunks, group);
+  }
   unsigned char* staging = sm.result[group];
   if constexpr (kGateUp) {
     const auto active = [&](int i) {
@@ -204,15 +267,15 @@ __device__ __forceinline__ void Multiply(Shared& sm, Ring& ring, const GroupedAr
   }
 }
 
-template <bool kGateUp>
+template <bool kGateUp, typename W>
 __global__ void __launch_bounds__(kThreads, 1) MoeGroupedKernel(const __grid_constant__ CUtensorMap map, const GroupedArgs args) {
   extern __shared__ unsigned char raw[];
-  Shared& sm = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t{1023});
+  Shared<W>& sm = *reinterpret_cast<Shared<W>*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t{1023});
   const int blocks = kGateUp ? args.shape.inter / 128 : args.shape.hidden / 256;  // of one expert's weights
   const int chunks = (kGateUp ? args.shape.hidden : args.shape.inter) / kChunk;
   if (threadIdx.x == 0) {
     PrefetchMap(&map);
-    for (int s = 0; s < kStages; ++s) {
+    for (int s = 0; s < Cut<W>::kStages; ++s) {
       BarrierInit(&sm.full[s], 1 + kGroup);  // the bulk copies' bytes, and every loading thread's pieces
       BarrierInit(&sm.empty[s], 2 * kGroup / 32);
     }
@@ -234,9 +297,11 @@ __global__ void __launch_bounds__(kThreads, 1) MoeGroupedKernel(const __grid_con
   const int group = static_cast<int>(threadIdx.x) / kGroup - 1;
   for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
     const Tile tile = FindTile(sm, args.shape.experts, index);
-    switch (tile.padded / kStep) {
-#define QP_CASE(i) \
-  case i: Multiply<kGateUp, i * kStep>(sm, ring, args, tile, chunks, group); break;
+    switch (tile.padded / Cut<W>::kStep) {
+#define QP_CASE(i)                                                                                                                            \
+  case i:                                                                                                                                     \
+    if constexpr (i * Cut<W>::kStep <= Cut<W>::kTokensMax) Multiply<kGateUp, i * Cut<W>::kStep>(sm, ring, args, tile, chunks, group); \
+    break;
       QP_CASE(1) QP_CASE(2) QP_CASE(3) QP_CASE(4) QP_CASE(5) QP_CASE(6) QP_CASE(7) QP_CASE(8) QP_CASE(9) QP_CASE(10) QP_CASE(11) QP_CASE(12)
 #undef QP_CASE
       default: break;
@@ -244,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, 1) MoeGroupedKernel(const __grid_con
   }
 }
 
-template <bool kGateUp>
+template <bool kGateUp, typename W>
 cudaError_t LaunchGrouped(const CUtensorMap& map, const GroupedArgs& args, cudaStream_t stream) {
   const MoeShapeArgs& s = args.shape;
   if (s.tokens < 1 || s.hidden < 256 || s.hidden % 256 != 0 || s.inter < 128 || s.inter % 128 != 0 || s.experts < 1 || s.experts > kMaxExperts) return cudaErrorInvalidValue;
@@ -253,7 +318,7 @@ cudaError_t LaunchGrouped(const CUtensorMap& map, const GroupedArgs& args, cudaS
   int device = 0, multiprocessors = 0;
   if (cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
   if (cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device); e != cudaSuccess) return e;
-  return Launch(MoeGroupedKernel<kGateUp>, {.grid = dim3(multiprocessors), .block = dim3(kThreads), .shared_bytes = sizeof(Shared) + 1024}, stream, map, args);
+  return Launch(MoeGroupedKernel<kGateUp, W>, {.grid = dim3(multiprocessors), .block = dim3(kThreads), .shared_bytes = sizeof(Shared<W>) + 1024}, stream, map, args);
 }
 
 }  // namespace
@@ -263,14 +328,23 @@ cudaError_t MakeMoeGroupedWeights(const MoeShapeArgs& shape, const __nv_bfloat16
   return MakeExpertMap(down, shape.inter, shape.hidden, 1, shape.experts, 128, &out->down);
 }
 
+cudaError_t MakeMoeGroupedWeights(const MoeShapeArgs& shape, const Fp8Matrix& gate_up, const Fp8Matrix& down, MoeGroupedWeights* out) {
+  out->gate_up_scales = gate_up.scales;
+  out->down_scales = down.scales;
+  if (cudaError_t e = MakeExpertMap(gate_up.codes, shape.hidden, shape.inter, 2, shape.experts, kChunk, 128, &out->gate_up); e != cudaSuccess) return e;
+  return MakeExpertMap(down.codes, shape.inter, shape.hidden, 1, shape.experts, kChunk, 128, &out->down);
+}
+
 cudaError_t MoeGroupedGateUp(const MoeShapeArgs& shape, const __nv_bfloat16* x, const MoeGroupedWeights& weights, const MoePermutation& permutation,
                              __nv_bfloat16* active, cudaStream_t stream) {
-  return LaunchGrouped<true>(weights.gate_up, {shape, permutation.end, permutation.source, x, active}, stream);
+  const GroupedArgs args{shape, permutation.end, permutation.source, x, active, weights.gate_up_scales};
+  return weights.gate_up_scales != nullptr ? LaunchGrouped<true, Fp8>(weights.gate_up, args, stream) : LaunchGrouped<true, __nv_bfloat16>(weights.gate_up, args, stream);
 }
 
 cudaError_t MoeGroupedDown(const MoeShapeArgs& shape, const __nv_bfloat16* active, const MoeGroupedWeights& weights, const MoePermutation& permutation,
                            __nv_bfloat16* sorted, cudaStream_t stream) {
-  return LaunchGrouped<false>(weights.down, {shape, permutation.end, permutation.source, active, sorted}, stream);
+  const GroupedArgs args{shape, permutation.end, permutation.source, active, sorted, weights.down_scales};
+  return weights.down_scales != nullptr ? LaunchGrouped<false, Fp8>(weights.down, args, stream) : LaunchGrouped<false, __nv_bfloat16>(weights.down, args, stream);
 }
 
 }  // namespace qwen::kernels

@@ -21,9 +21,13 @@ namespace qwen::kernels {
 // How the accelerator finds one layer's experts: made once, on the host, after loading. Refers to the weights' memory.
 struct MoeGroupedWeights {
   CUtensorMap gate_up, down;
+  const float *gate_up_scales = nullptr, *down_scales = nullptr;  // null: bf16
 };
 // gate_up: (experts, 2 * inter, hidden), gate rows first; down: (experts, hidden, inter); bf16, 16-byte aligned.
 cudaError_t MakeMoeGroupedWeights(const MoeShapeArgs& shape, const __nv_bfloat16* gate_up, const __nv_bfloat16* down, MoeGroupedWeights* out);
+// Block FP8 (common/fp8.h): weights are then wgmma's operand in registers, multiplied out on the way; tiles of 64 or 128
+// tokens. Has not run on a GPU yet.
+cudaError_t MakeMoeGroupedWeights(const MoeShapeArgs& shape, const Fp8Matrix& gate_up, const Fp8Matrix& down, MoeGroupedWeights* out);
 
 // active (assignments, inter), rows sorted by expert: silu(gate(x[source[row]])) * up(x[source[row]]). x: (tokens, hidden).
 cudaError_t MoeGroupedGateUp(const MoeShapeArgs& shape, const __nv_bfloat16* x, const MoeGroupedWeights& weights, const MoePermutation& permutation,

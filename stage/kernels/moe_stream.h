@@ -19,8 +19,12 @@ namespace qwen::kernels {
 // How the accelerator finds one layer's experts: made once, on the host, after loading. Refers to the weights' memory.
 struct MoeStreamWeights {
   CUtensorMap gate_up, down;
+  const float *gate_up_scales = nullptr, *down_scales = nullptr;  // null: bf16
 };
 cudaError_t MakeMoeStreamWeights(const MoeShapeArgs& shape, const __nv_bfloat16* gate_up, const __nv_bfloat16* down, MoeStreamWeights* out);
+// Block FP8 (common/fp8.h): weights are then wgmma's operand in registers, multiplied out on the way. Has not run on a GPU yet.
+// REQUIRES: hidden % 128 == 0, inter % 128 == 0.
+cudaError_t MakeMoeStreamWeights(const MoeShapeArgs& shape, const Fp8Matrix& gate_up, const Fp8Matrix& down, MoeStreamWeights* out);
 
 // As MoeGateUp: h[a] = silu(gate(x)) * up(x).
 cudaError_t MoeStreamGateUp(const MoeShapeArgs& shape, const __nv_bfloat16* x, const MoeStreamWeights& weights, const MoeRouting& routing,

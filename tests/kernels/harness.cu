@@ -1,3 +1,6 @@
+#include <cuda_fp8.h>
+
+#include "tests/kernels/fp8_weights.h"
 #include "tests/kernels/harness.h"
 
 namespace qwen::kernels::testing {
@@ -20,6 +23,24 @@ __global__ void NoiseKernel(__nv_bfloat16* data, size_t count, float scale, uint
   }
 }
 
+__global__ void Fp8NoiseKernel(Fp8* codes, size_t count, uint64_t seed) {
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < count; i += static_cast<size_t>(gridDim.x) * blockDim.x) {
+    const uint64_t bits = Mix(seed * 0x100000001b3ull + i);
+    float sum = 0;
+    for (int j = 0; j < 4; ++j) sum += static_cast<float>((bits >> (16 * j)) & 0xFFFF) / 65536.0f - 0.5f;
+    codes[i] = {static_cast<uint8_t>(__nv_cvt_float_to_fp8(sum * 41.6f, __NV_SATFINITE, __NV_E4M3))};
+  }
+}
+
+__global__ void PackAndMultiplyOutKernel(const Fp8* plain, const float* value, const float* scales, Fp8* packed, __nv_bfloat16* bf16, int columns, int stride) {
+  const size_t row = blockIdx.x;
+  for (int column = threadIdx.x; column < columns; column += blockDim.x) {
+    const size_t at = row * columns + column;
+    packed[at / 16 * 16 + Fp8PlaceOf(column % 16)] = plain[at];
+    bf16[at] = __float2bfloat16_rn(value[plain[at].code] * scales[row / kFp8Block * stride + column / kFp8Block]);
+  }
+}
+
 __global__ void CopyKernel(const uint4* from, uint4* to, size_t count) {
   const size_t stride = static_cast<size_t>(gridDim.x) * blockDim.x;
   for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i + 3 * stride < count; i += 4 * stride) {
@@ -35,6 +56,16 @@ __global__ void CopyKernel(const uint4* from, uint4* to, size_t count) {
 
 void FillNoise(__nv_bfloat16* data, size_t count, float scale, uint64_t seed, cudaStream_t stream) {
   NoiseKernel<<<2048, 256, 0, stream>>>(data, count, scale, seed);
+  CUDA_MUST(cudaGetLastError());
+}
+
+void FillFp8Noise(Fp8* codes, size_t count, uint64_t seed, cudaStream_t stream) {
+  Fp8NoiseKernel<<<2048, 256, 0, stream>>>(codes, count, seed);
+  CUDA_MUST(cudaGetLastError());
+}
+
+void PackAndMultiplyOut(const Fp8* plain, const float* value, const float* scales, Fp8* packed, __nv_bfloat16* bf16, size_t rows, int columns) {
+  PackAndMultiplyOutKernel<<<static_cast<unsigned>(rows), 256>>>(plain, value, scales, packed, bf16, columns, Fp8ScaleStride(columns));
   CUDA_MUST(cudaGetLastError());
 }
 
