@@ -11,6 +11,7 @@
 #include "stage/kernels/attention_decode.h"
 #include "stage/kernels/decode_linear.h"
 #include "stage/kernels/embedding.h"
+#include "stage/kernels/fp8_weights.h"
 #include "stage/kernels/moe_prefill.h"
 #include "stage/kernels/rms_norm.h"
 #include "stage/kernels/rope.h"
@@ -68,12 +69,12 @@ void FusedStage::AllocateDecode() {
 // Everything that the one-kernel step keeps: where each layer's weights are, and the words its blocks exchange.
 void FusedStage::PlanDecodeLayers() {
   const bool moe = std::all_of(layers_.begin(), layers_.end(), [](const Layer& layer) { return layer.router.defined(); });
-  if (!moe || !shape_.moe || !std::has_single_bit(static_cast<uint64_t>(block_tokens_)) || layers_.empty() || layers_.size() > static_cast<size_t>(kernels::kDecodeLayersMax)) return;
+  if (!moe || layers_.front().qkv.fp8() || !shape_.moe || !std::has_single_bit(static_cast<uint64_t>(block_tokens_)) || layers_.empty() || layers_.size() > static_cast<size_t>(kernels::kDecodeLayersMax)) return;
   one_kernel_tokens_ = kernels::DecodeLayersTokens(DecodeShape(shape_));
   if (one_kernel_tokens_ == 0) return;
   std::vector<kernels::DecodeLayerWeights> pointers;
   for (const Layer& l : layers_) {
-    pointers.push_back({Bf16(l.input_norm), Bf16(l.qkv), Bf16(l.q_norm), Bf16(l.k_norm), Bf16(l.o), Bf16(l.post_norm), Bf16(l.router), Bf16(l.gate_up), Bf16(l.down),
+    pointers.push_back({Bf16(l.input_norm), Bf16(l.qkv.values), Bf16(l.q_norm), Bf16(l.k_norm), Bf16(l.o.values), Bf16(l.post_norm), Bf16(l.router), Bf16(l.gate_up.values), Bf16(l.down.values),
                         Bf16(l.k_cache), Bf16(l.v_cache)});
   }
   const auto bytes = at::TensorOptions().dtype(at::kByte).device(at::kCUDA);
@@ -175,28 +176,38 @@ cudaGraphExec_t FusedStage::CaptureDecode(int64_t tokens, int64_t table_stride) 
   return graph;
 }
 
+at::Tensor FusedStage::Bf16Weight(const Matrix& matrix) {
+  if (!matrix.fp8()) return matrix.values;
+  const int64_t rows = matrix.values.size(0), columns = matrix.values.size(1);
+  at::Tensor out = multiplied_out_.narrow(0, 0, rows * columns).view({rows, columns});
+  KERNEL(MultiplyOutFp8(Fp8Of(matrix.values, matrix.scales), Bf16(out), static_cast<int>(rows), static_cast<int>(columns), stream_));
+  return out;
+}
+
 // y = x W^T (+ residual), by whichever product is faster at this many rows.
-void FusedStage::DecodeLinear(const at::Tensor& x, const at::Tensor& weight, at::Tensor& y, int64_t tokens, const at::Tensor* residual) {
+void FusedStage::DecodeLinear(const at::Tensor& x, const Matrix& weight, at::Tensor& y, int64_t tokens, const at::Tensor* residual) {
   // Own products win while a matrix is small or the rows few; lm_head at 32 rows took 238 us here and 150 us in cuBLAS.
-  if (tokens <= kSkinny && (tokens <= kSkinny / 2 || weight.size(0) <= 16384)) {
+  if (tokens <= kSkinny && (tokens <= kSkinny / 2 || weight.values.size(0) <= 16384)) {
     KERNEL(DecodeLinear({.x = Bf16(x),
-                         .w = Bf16(weight),
+                         .w = weight.fp8() ? nullptr : Bf16(weight.values),
                          .y = Bf16(y),
                          .residual = residual != nullptr ? Bf16(*residual) : nullptr,
                          .tokens = static_cast<int>(tokens),
-                         .n = static_cast<int>(weight.size(0)),
-                         .k = static_cast<int>(weight.size(1))},
+                         .n = static_cast<int>(weight.values.size(0)),
+                         .k = static_cast<int>(weight.values.size(1)),
+                         .fp8 = weight.fp8() ? Fp8Of(weight.values, weight.scales) : kernels::Fp8Matrix{}},
                         stream_));
     return;
   }
+  const at::Tensor values = Bf16Weight(weight);
   const at::Tensor rows = x.narrow(0, 0, tokens);
   at::Tensor out = y.narrow(0, 0, tokens);
   if (residual == nullptr) {
-    at::mm_out(out, rows, weight.t());
+    at::mm_out(out, rows, values.t());
   } else {
     QP_CHECK(residual->data_ptr() == y.data_ptr());  // the residual stream is updated in place
     at::Tensor product = decode_.product.narrow(0, 0, tokens);
-    at::mm_out(product, rows, weight.t());
+    at::mm_out(product, rows, values.t());
     out.add_(product);
   }
 }
@@ -241,7 +252,7 @@ void FusedStage::EnqueueDecode(int64_t tokens, int64_t table_stride) {
   }
   if (last_) {
     DecodeNorm(norm_, tokens);
-    DecodeLinear(b.normed, lm_head_, b.logits, tokens, nullptr);
+    DecodeLinear(b.normed, {lm_head_, {}}, b.logits, tokens, nullptr);
   }
 }
 
@@ -259,13 +270,14 @@ void FusedStage::EnqueueLayer(const Layer& layer, int64_t tokens, int64_t table_
   DecodeBuffers& b = decode_;
   if (tokens <= kFusedNorm) {
     KERNEL(DecodeLinear({.x = Bf16(b.hidden),
-                         .w = Bf16(layer.qkv),
+                         .w = layer.qkv.fp8() ? nullptr : Bf16(layer.qkv.values),
                          .y = Bf16(b.qkv),
                          .norm_weight = Bf16(layer.input_norm),
                          .norm_eps = eps,
                          .tokens = count,
-                         .n = static_cast<int>(layer.qkv.size(0)),
-                         .k = shape_.hidden},
+                         .n = static_cast<int>(layer.qkv.values.size(0)),
+                         .k = shape_.hidden,
+                         .fp8 = layer.qkv.fp8() ? Fp8Of(layer.qkv.values, layer.qkv.scales) : kernels::Fp8Matrix{}},
                         stream_));
   } else {
     DecodeNorm(layer.input_norm, tokens);
@@ -319,15 +331,18 @@ void FusedStage::DecodeMlp(const Layer& layer, int64_t tokens) {
                         stream_));
   } else {
     KERNEL(RmsNorm(norm, stream_));
-    DecodeLinear(b.normed, layer.router, b.router_logits, tokens, nullptr);
+    DecodeLinear(b.normed, {layer.router, {}}, b.router_logits, tokens, nullptr);
   }
   KERNEL(MoeRoute(moe, Bf16(b.router_logits), routing, shape_.moe->norm_topk_prob, stream_));
   if (tokens > kStreamTokens) {
     KERNEL(MoeStreamGateUp(moe, Bf16(b.normed), layer.stream, routing, Bf16(b.active), stream_));
     KERNEL(MoeStreamDown(moe, Bf16(b.active), layer.stream, routing, Bf16(b.partial), stream_));
+  } else if (layer.gate_up.fp8()) {
+    KERNEL(MoeGateUp(moe, Bf16(b.normed), Fp8Of(layer.gate_up.values, layer.gate_up.scales), routing, Bf16(b.active), stream_));
+    KERNEL(MoeDown(moe, Bf16(b.active), Fp8Of(layer.down.values, layer.down.scales), routing, Bf16(b.partial), stream_));
   } else {
-    KERNEL(MoeGateUp(moe, Bf16(b.normed), Bf16(layer.gate_up), routing, Bf16(b.active), stream_));
-    KERNEL(MoeDown(moe, Bf16(b.active), Bf16(layer.down), routing, Bf16(b.partial), stream_));
+    KERNEL(MoeGateUp(moe, Bf16(b.normed), Bf16(layer.gate_up.values), routing, Bf16(b.active), stream_));
+    KERNEL(MoeDown(moe, Bf16(b.active), Bf16(layer.down.values), routing, Bf16(b.partial), stream_));
   }
   KERNEL(MoeCombine(moe, Bf16(b.partial), Bf16(b.hidden), Bf16(b.hidden), stream_));
 }

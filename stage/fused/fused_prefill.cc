@@ -135,7 +135,7 @@ Result<model::StageOutput> FusedStage::Prefill(const step::StepPlan& plan, model
   for (size_t i = 0; i < layers_.size(); ++i) {
     const Layer& layer = layers_[i];
     KERNEL(RmsNorm({.x = Bf16(hidden), .weight = Bf16(layer.input_norm), .y = Bf16(normed), .eps = eps, .tokens = count, .hidden = shape_.hidden}, stream_));
-    at::mm_out(qkv, normed, layer.qkv.t());
+    at::mm_out(qkv, normed, Bf16Weight(layer.qkv).t());
     if (decodes > 0) {
       KERNEL(AttentionDecode({.qkv = Bf16(qkv),
                               .q_norm = Bf16(layer.q_norm),
@@ -186,7 +186,7 @@ Result<model::StageOutput> FusedStage::Prefill(const step::StepPlan& plan, model
         attended.narrow(0, decodes, prompts).copy_(out.view({prompts, heads * kDim}));
       }
     }
-    hidden.add_(at::mm(attended, layer.o.t()));
+    hidden.add_(at::mm(attended, Bf16Weight(layer.o).t()));
     KERNEL(RmsNorm({.x = Bf16(hidden), .weight = Bf16(layer.post_norm), .y = Bf16(normed), .eps = eps, .tokens = count, .hidden = shape_.hidden}, stream_));
     hidden = PrefillMlp(layer, hidden, normed);
     if (state.deepstack.defined()) {  // the first tap still owed belongs to this layer
@@ -207,7 +207,7 @@ Result<model::StageOutput> FusedStage::Prefill(const step::StepPlan& plan, model
     at::Tensor last = at::empty_like(rows);
     KERNEL(RmsNorm({.x = Bf16(rows), .weight = Bf16(norm_), .y = Bf16(last), .eps = eps, .tokens = static_cast<int>(sampled), .hidden = shape_.hidden}, stream_));
     output.logits = at::empty({sampled, shape_.vocab}, bf16);
-    DecodeLinear(last, lm_head_, output.logits, sampled, nullptr);
+    DecodeLinear(last, {lm_head_, {}}, output.logits, sampled, nullptr);
   }
   return output;
 }
@@ -215,10 +215,10 @@ Result<model::StageOutput> FusedStage::Prefill(const step::StepPlan& plan, model
 at::Tensor FusedStage::PrefillMlp(const Layer& layer, at::Tensor hidden, const at::Tensor& normed) {
   const int64_t tokens = hidden.size(0);
   if (!layer.router.defined()) {
-    const at::Tensor gate_up = at::mm(normed, layer.gate_up.t());
+    const at::Tensor gate_up = at::mm(normed, Bf16Weight(layer.gate_up).t());
     const at::Tensor active = at::empty({tokens, shape_.intermediate}, hidden.options());
     KERNEL(SiluMul(Bf16(gate_up), Bf16(active), static_cast<int>(tokens), shape_.intermediate, stream_));
-    return hidden.add_(at::mm(active, layer.down.t()));
+    return hidden.add_(at::mm(active, Bf16Weight(layer.down).t()));
   }
   const kernels::MoeShapeArgs moe = MoeArgs(shape_, tokens);
   const int64_t assignments = tokens * moe.top_k;

@@ -2,10 +2,13 @@
 // batch size of decode, and for prompts more kernels around LibTorch's dense products (cuBLAS, cuDNN and flash attention).
 //
 // What it takes: sm_90, bf16, head_dim 128, no attention bias, sizes that the kernels want (Unfit says which); dense and
-// MoE layers. Everything else is kUnimplemented and runs on the reference.
+// MoE layers. Everything else is kUnimplemented and runs on the reference. Weights of layers may be block FP8 (LoadOptions::keep_fp8):
+// they stay so in memory, and their codes are put into the kernels' order where they lie, so such a map of tensors serves one stage.
+// FP8 has not run on a GPU yet.
 // Numerics: the reference's roundings; only the order of sums inside a product differs. Thread safety: one thread; the
 // constructor makes a stream of its own that thread's current stream, so the vision tower and the sampler follow it.
-// Memory: decode keeps buffers for kDecodeBatchMax tokens; a prompt's intermediates come from LibTorch's allocator.
+// Memory: decode keeps buffers for kDecodeBatchMax tokens; a prompt's intermediates come from LibTorch's allocator; with FP8 one dense
+// matrix multiplied out (the largest), for LibTorch's products.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAStream.h>
@@ -35,6 +38,8 @@ class FusedStage final : public model::StageBackend {
                                                              const ops::RotaryFrequencies& rotary);
   // The first thing about `shape` that no kernel is made for; empty when all fits.
   static std::string Unfit(const contract::ModelShape& shape, const model::StageModelOptions& options);
+  // The same for weights in FP8; they may be none. Looks at no values.
+  static std::string UnfitFp8(const contract::ModelShape& shape, const model::StageModelOptions& options, const weights::TensorMap& tensors);
 
   ~FusedStage() override;
 
@@ -44,11 +49,16 @@ class FusedStage final : public model::StageBackend {
   Result<model::StageOutput> Prefill(const step::StepPlan& plan, model::StageActivations state, const at::Tensor& visual_rows) override;
 
  private:
+  struct Matrix {
+    at::Tensor values;  // bf16, or FP8 codes in the kernels' order (stage/kernels/common/fp8.h)
+    at::Tensor scales;  // of FP8: (..., rows / 128, Fp8ScaleStride(columns)) float32
+    bool fp8() const { return scales.defined(); }
+  };
   struct Layer {
     at::Tensor input_norm, post_norm, q_norm, k_norm;
-    at::Tensor qkv, o;            // ((heads + 2 * kv_heads) * 128, H), (H, heads * 128)
+    Matrix qkv, o;                // ((heads + 2 * kv_heads) * 128, H), (H, heads * 128)
     at::Tensor router;            // (experts, H); undefined in a dense layer
-    at::Tensor gate_up, down;     // (experts, 2I, H), (experts, H, I); dense: (2I, H), (H, I)
+    Matrix gate_up, down;         // (experts, 2I, H), (experts, H, I); dense: (2I, H), (H, I)
     kernels::MoeStreamWeights stream;  // how the streaming kernels find gate_up and down of a MoE layer
     kernels::MoeGroupedWeights grouped;  // and those of a prompt
     at::Tensor k_cache, v_cache;  // (blocks, block_tokens, kv_heads, 128)
@@ -73,6 +83,7 @@ class FusedStage final : public model::StageBackend {
              const std::vector<ops::PagedKv>& cache, const ops::RotaryFrequencies& rotary);
   static constexpr int64_t kGraphsMax = 128;  // a few hundred KiB of the GPU's memory each
   static constexpr int64_t kCudnnMax = 8192;  // tokens of a prompt beyond which flash attention is used
+  static Matrix TakeMatrix(weights::TensorMap& tensors, const std::vector<std::string>& slots, cudaStream_t stream);
   void AllocateDecode();
   void PlanDecodeLayers();
   // The attention of rows [begin, begin + length) of qkv among themselves -> (length, heads * 128). qkv has kCudnnStep rows more.
@@ -83,7 +94,9 @@ class FusedStage final : public model::StageBackend {
   void DropOldGraph();
   cudaGraphExec_t CaptureDecode(int64_t tokens, int64_t table_stride);
   void EnqueueDecode(int64_t tokens, int64_t table_stride);  // allocates nothing, so that it can be captured as it is
-  void DecodeLinear(const at::Tensor& x, const at::Tensor& weight, at::Tensor& y, int64_t tokens, const at::Tensor* residual);
+  // As LibTorch's products want it: (rows, columns) bf16. Of FP8: multiplied out, valid until the next call on the stream.
+  at::Tensor Bf16Weight(const Matrix& matrix);
+  void DecodeLinear(const at::Tensor& x, const Matrix& weight, at::Tensor& y, int64_t tokens, const at::Tensor* residual);
   void DecodeNorm(const at::Tensor& weight, int64_t tokens);
   void EnqueueLayer(const Layer& layer, int64_t tokens, int64_t table_stride);
   void DecodeMlp(const Layer& layer, int64_t tokens);
@@ -99,6 +112,7 @@ class FusedStage final : public model::StageBackend {
   std::vector<Layer> layers_;
   at::Tensor inverse_, axis_;  // (64) float32, (64) int32
   double rotary_scaling_ = 1.0;
+  at::Tensor multiplied_out_;  // bf16 values of the largest dense FP8 matrix; undefined without FP8
   bool cudnn_ = false;
 
   DecodeBuffers decode_;

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "stage/contract/model_shape.h"
+#include "stage/kernels/common/fp8.h"
 #include "stage/kernels/common/limits.h"
 #include "stage/kernels/moe_decode.h"
 
@@ -17,6 +18,9 @@ inline constexpr int64_t kTableStrideMin = 16;
 // A kernel's pointer to a tensor. The sizes were checked once (Unfit, and the shapes that Bind gives).
 inline __nv_bfloat16* Bf16(const at::Tensor& tensor) { return static_cast<__nv_bfloat16*>(tensor.data_ptr()); }
 inline int32_t* Int32(const at::Tensor& tensor) { return static_cast<int32_t*>(tensor.data_ptr()); }
+inline kernels::Fp8Matrix Fp8Of(const at::Tensor& codes, const at::Tensor& scales) {
+  return {static_cast<const kernels::Fp8*>(codes.data_ptr()), static_cast<const float*>(scales.data_ptr())};
+}
 inline void Must(cudaError_t error, const char* what) { TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error)); }
 // A kernel's launch; throws what LibTorch throws.
 #define KERNEL(call) Must(kernels::call, #call)
