@@ -29,6 +29,8 @@ using contract::ExitCode;
 
 // A plan that computes when the stage is told to stop gets so long; then the process just ends.
 constexpr auto kLeaveTimeout = std::chrono::seconds(10);
+// Loading ends between two requests; a disk that does not answer is not waited for.
+constexpr auto kLeaveLoadingTimeout = std::chrono::milliseconds(700);
 // One plan takes as long as a CPU needs for a large prefill: a CPU stage counts as hung only after so many stall time-outs.
 constexpr double kCpuStepFactor = 10.0;
 
@@ -59,6 +61,8 @@ void AddFlags(CLI::App& app, Flags& f) {
       ->check(CLI::IsMember({"auto", "reference"}));
   app.add_option("--edges", f.compute.edges, "how hidden states travel: auto (NCCL on a GPU, else TCP), nccl (every stage has its own GPU) or tcp")
       ->check(CLI::IsMember({"auto", "nccl", "tcp"}));
+  app.add_option("--load", f.compute.load, "how weights are read: overlapped (requests of 8 MiB through a ring of buffers), plain (tensor by tensor); auto: the former on a CPU")
+      ->check(CLI::IsMember({"auto", "plain", "overlapped"}));
   app.add_option("--random-weights", f.compute.random_seed, "seed: noise instead of the checkpoint's weights, for measuring; config and tokenizer are still read");
   app.add_option("--block-tokens", f.compute.block_tokens, "tokens of a KV block; the same on all stages")->check(CLI::Range(1, 256));
   app.add_option("--kv-blocks", f.compute.kv_blocks, "KV blocks; 0: what the free memory holds")->check(CLI::NonNegativeNumber);
@@ -148,8 +152,9 @@ void WatchSignals(const sigset_t& signals, worker::Worker& worker, const std::at
   while (!done.load()) {
     if (sigtimedwait(&signals, nullptr, &tick) <= 0) continue;
     log::Info("told to stop");
+    const bool loaded = worker.health().loaded;
     worker.Stop();
-    const auto deadline = std::chrono::steady_clock::now() + kLeaveTimeout;
+    const auto deadline = std::chrono::steady_clock::now() + (loaded ? std::chrono::milliseconds(kLeaveTimeout) : kLeaveLoadingTimeout);
     while (!done.load()) {
       if (sigtimedwait(&signals, nullptr, &tick) > 0 || std::chrono::steady_clock::now() > deadline) {
         log::Warning("leaving in the middle of a plan or of loading");

@@ -67,7 +67,8 @@ Result<std::unique_ptr<StageModel>> StageModel::Load(weights::Checkpoint& checkp
                                          .device = options.device,
                                          .dtype = options.dtype,
                                          .threads = options.load_threads,
-                                         .progress = progress}));
+                                         .progress = progress,
+                                         .method = options.load_method}));
   return Create(shape, options, tensors);
 }
 

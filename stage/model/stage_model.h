@@ -48,6 +48,7 @@ struct StageModelOptions {
   RowGrouping grouping = RowGrouping::kPerSpan;
   ops::RouterTies router_ties = ops::RouterTies::kLowestExpert;
   int32_t load_threads = 4;
+  weights::LoadMethod load_method = weights::LoadMethod::kAuto;
   int64_t vision_tokens_max = 131072;    // merged tokens kept at once (at H = 4096 in bf16 with 3 taps 4.3 GB)
   StageBackendFactory backend;           // empty: the reference (ATen operators)
   int32_t max_batch_tokens = 2048;       // of one plan; what a backend prepares for
@@ -60,7 +61,7 @@ struct StageModelOptions {
 
 class StageModel {
  public:
-  using Progress = std::function<void(int64_t bytes_done, int64_t bytes_total)>;
+  using Progress = weights::LoadProgress;
   static Result<std::unique_ptr<StageModel>> Load(weights::Checkpoint& checkpoint, const contract::ModelShape& shape,
                                                   const StageModelOptions& options, const Progress& progress = {});
   // The same from tensors that are in memory already (tests, generated weights). Takes what it needs by slot name.

@@ -328,6 +328,12 @@ Result<StageTensors> Checkpoint::ResolveStage(const contract::ModelShape& shape,
   return out;
 }
 
+const SafetensorsFile& Checkpoint::file(const std::string& name) const {
+  const auto found = files_.find(name);
+  QP_CHECK(found != files_.end() && found->second) << name;  // entries come from this checkpoint's ResolveStage
+  return *found->second;
+}
+
 Status Checkpoint::Read(const Entry& entry, std::span<std::byte> out) const {
   QP_CHECK_EQ(static_cast<int64_t>(out.size()), entry.bytes) << entry.slot;
   return ReadRange(entry, 0, out);
@@ -341,9 +347,7 @@ Status Checkpoint::ReadRange(const Entry& entry, int64_t offset, std::span<std::
     if (offset < begin + piece.bytes) {
       const int64_t within = offset - begin;
       const size_t count = std::min(out.size(), static_cast<size_t>(piece.bytes - within));
-      const auto file = files_.find(piece.file);
-      QP_CHECK(file != files_.end() && file->second) << piece.file;  // entries come from this checkpoint's ResolveStage
-      RETURN_IF_ERROR(file->second->Read(piece.offset + within, out.first(count)));
+      RETURN_IF_ERROR(file(piece.file).Read(piece.offset + within, out.first(count)));
       out = out.subspan(count);
       offset += static_cast<int64_t>(count);
     }
@@ -367,15 +371,14 @@ Status Checkpoint::ReadAll(const StageTensors& weights, const ReadAllOptions& op
         const int64_t begin = next.fetch_add(kReadChunkBytes);
         if (begin >= entry.bytes) return;
         const int64_t count = std::min(kReadChunkBytes, entry.bytes - begin);
-        const Status status = ReadRange(entry, begin, memory.subspan(static_cast<size_t>(begin), static_cast<size_t>(count)));
+        Status status = ReadRange(entry, begin, memory.subspan(static_cast<size_t>(begin), static_cast<size_t>(count)));
         std::lock_guard<std::mutex> lock(mutex);
+        if (status.ok() && options.progress) status = options.progress(done += count, weights.report.bytes);
         if (!status.ok()) {
           if (first_error.ok()) first_error = status;
           next = entry.bytes;
           return;
         }
-        done += count;
-        if (options.progress) options.progress(done, weights.report.bytes);
       }
     };
     const int64_t chunks = (entry.bytes + kReadChunkBytes - 1) / kReadChunkBytes;

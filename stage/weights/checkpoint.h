@@ -58,6 +58,9 @@ struct Report {
   Status ToStatus() const;
 };
 
+// Called while weights are loaded, one call at a time, with a number that only rises; an error ends the loading with it.
+using LoadProgress = std::function<Status(int64_t bytes_done, int64_t bytes_total)>;
+
 struct StageTensors {
   std::vector<Entry> entries;  // in load order
   Report report;
@@ -90,13 +93,15 @@ class Checkpoint {
     // Memory for an entry's stored bytes (exactly entry.bytes), valid until `placed` was called for it. Not for aliases.
     std::function<Result<std::span<std::byte>>(const Entry&)> place;
     std::function<Status(const Entry&)> placed;  // the bytes are there; may be empty
-    // After every kReadChunkBytes, from the readers' threads but one call at a time; may be empty.
-    std::function<void(int64_t bytes_done, int64_t bytes_total)> progress;
+    LoadProgress progress;  // after every kReadChunkBytes, from the readers' threads; may be empty
     int32_t threads = 4;  // readers of one entry: one NVMe or page-cache stream gives about 2 GB/s, four about 6
   };
   static constexpr int64_t kReadChunkBytes = 64 << 20;
   // Reads entries one after another, each with `threads` readers; memory beyond the caller's: none.
   Status ReadAll(const StageTensors& weights, const ReadAllOptions& options) const;
+
+  // An opened file. REQUIRES: `name` is the file of a piece that ResolveStage found.
+  const SafetensorsFile& file(const std::string& name) const;
 
   // Compares a stage export's files with the sha256 of its manifest, tensor by tensor. kDataLoss names the tensor;
   // kFailedPrecondition when this is no stage export.

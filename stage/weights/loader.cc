@@ -6,6 +6,8 @@
 #include <cmath>
 #include <optional>
 
+#include "stage/weights/stream_loader.h"
+
 namespace qwen::weights {
 namespace {
 
@@ -85,6 +87,9 @@ Result<TensorMap> LoadTensors(Checkpoint& checkpoint, const contract::ModelShape
   c10::InferenceMode inference;
   ASSIGN_OR_RETURN(const StageTensors found, checkpoint.ResolveStage(shape, options.spec));
   RETURN_IF_ERROR(found.report.ToStatus());
+  if (options.method == LoadMethod::kOverlapped || (options.method == LoadMethod::kAuto && options.device.is_cpu())) {
+    return StreamTensors(checkpoint, shape, found, options);
+  }
   try {
     Loading loading(shape, options);
     Checkpoint::ReadAllOptions read;

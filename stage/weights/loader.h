@@ -6,7 +6,6 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
-#include <functional>
 #include <map>
 #include <string>
 
@@ -17,12 +16,20 @@ namespace qwen::weights {
 
 using TensorMap = std::map<std::string, at::Tensor, std::less<>>;  // by slot name (weight_map.h)
 
+// How the bytes get from the files into the tensors.
+//   kPlain       tensor by tensor: read into host memory of its size, then to the device, transposed and multiplied out there
+//   kOverlapped  request by request through a ring of bounded size (reader.h), read in the order of the files while the bytes
+//                before are copied, transposed and multiplied out (stream_loader.h)
+//   kAuto        kOverlapped on a CPU; kPlain on a GPU, where the other one has not been run yet
+enum class LoadMethod { kAuto, kPlain, kOverlapped };
+
 struct LoadOptions {
   StageSpec spec;
   at::Device device = at::kCPU;
   at::ScalarType dtype = at::kBFloat16;  // every tensor is converted to it; no conversion when stored so
   int32_t threads = 4;
-  std::function<void(int64_t bytes_done, int64_t bytes_total)> progress;  // may be empty
+  LoadProgress progress;  // may be empty
+  LoadMethod method = LoadMethod::kAuto;
 };
 // kDataLoss with tensor, expected and found shape when the checkpoint does not fit the shape; kResourceExhausted when the
 // device's memory does not suffice.

@@ -164,8 +164,8 @@ Result<SafetensorsHeader> ParseSafetensors(std::span<const std::byte> prefix, in
   return header;
 }
 
-SafetensorsFile::SafetensorsFile(std::string path, int fd, int64_t file_bytes, SafetensorsHeader header)
-    : path_(std::move(path)), fd_(fd), file_bytes_(file_bytes), header_(std::move(header)) {}
+SafetensorsFile::SafetensorsFile(std::string path, int fd, int64_t file_bytes, int64_t modified_nanos, SafetensorsHeader header)
+    : path_(std::move(path)), fd_(fd), file_bytes_(file_bytes), modified_nanos_(modified_nanos), header_(std::move(header)) {}
 
 SafetensorsFile::~SafetensorsFile() { ::close(fd_); }
 
@@ -184,6 +184,8 @@ Status ReadFully(int fd, const std::string& path, int64_t offset, std::span<std:
   }
   return OkStatus();
 }
+
+int64_t ModifiedNanos(const struct stat& info) { return int64_t{info.st_mtim.tv_sec} * 1'000'000'000 + info.st_mtim.tv_nsec; }
 
 struct FdCloser {
   int fd;
@@ -210,7 +212,17 @@ Result<std::shared_ptr<const SafetensorsFile>> SafetensorsFile::Open(const std::
   auto header = ParseSafetensors(head, info.st_size);
   if (!header.ok()) return header.status().WithContext(path);
   const int owned = std::exchange(fd.fd, -1);
-  return std::shared_ptr<const SafetensorsFile>(new SafetensorsFile(path, owned, info.st_size, std::move(*header)));
+  return std::shared_ptr<const SafetensorsFile>(new SafetensorsFile(path, owned, info.st_size, ModifiedNanos(info), std::move(*header)));
+}
+
+Status SafetensorsFile::CheckUnchanged() const {
+  struct stat info {};
+  if (::fstat(fd_, &info) != 0) return ErrnoError(path_, errno);
+  if (info.st_size != file_bytes_) {
+    return DataLossError(path_ + ": changed while it was read: " + std::to_string(info.st_size) + " bytes, " + std::to_string(file_bytes_) + " when it was opened");
+  }
+  if (ModifiedNanos(info) != modified_nanos_) return DataLossError(path_ + ": changed while it was read");
+  return OkStatus();
 }
 
 Status SafetensorsFile::Read(int64_t offset, std::span<std::byte> out) const {

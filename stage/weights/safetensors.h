@@ -61,12 +61,16 @@ class SafetensorsFile {
   int64_t file_bytes() const { return file_bytes_; }
   // Fills `out` from `offset` of the file. kDataLoss when the file has become shorter meanwhile.
   Status Read(int64_t offset, std::span<std::byte> out) const;
+  // For readers of their own (reader.h); stays this object's.
+  int descriptor() const { return fd_; }
+  // kDataLoss when the file was written to or replaced by a longer or shorter one since Open.
+  Status CheckUnchanged() const;
 
  private:
-  SafetensorsFile(std::string path, int fd, int64_t file_bytes, SafetensorsHeader header);
+  SafetensorsFile(std::string path, int fd, int64_t file_bytes, int64_t modified_nanos, SafetensorsHeader header);
   const std::string path_;
   const int fd_;
-  const int64_t file_bytes_;
+  const int64_t file_bytes_, modified_nanos_;  // when it was opened
   const SafetensorsHeader header_;
 };
 

@@ -23,6 +23,13 @@ Result<at::ScalarType> DtypeOf(const std::string& name, const contract::ModelSha
   return shape.dtype == contract::Dtype::kFloat32 ? at::kFloat : at::kBFloat16;  // FP8 weights are multiplied out to bf16
 }
 
+Result<weights::LoadMethod> LoadMethodOf(const std::string& name) {
+  if (name == "auto") return weights::LoadMethod::kAuto;
+  if (name == "plain") return weights::LoadMethod::kPlain;
+  if (name == "overlapped") return weights::LoadMethod::kOverlapped;
+  return InvalidArgumentError("load: " + name + " is not auto, plain or overlapped");
+}
+
 // Opens LibTorch's CUDA part at start, so that a CPU stage needs no CUDA library at all.
 Result<at::Device> OpenDevice(const std::string& name) {
   if (name == "cpu") return at::Device(at::kCPU);
@@ -207,6 +214,7 @@ Result<std::unique_ptr<StageCompute>> LoadModelCompute(weights::Checkpoint* chec
   if (options.threads > 0) at::set_num_threads(options.threads);  // a setting of the calling thread, which will compute
   ASSIGN_OR_RETURN(const at::Device device, OpenDevice(options.device));
   ASSIGN_OR_RETURN(const at::ScalarType dtype, DtypeOf(options.dtype, shape));
+  ASSIGN_OR_RETURN(const weights::LoadMethod load_method, LoadMethodOf(options.load));
   const contract::Dtype held = dtype == at::kFloat ? contract::Dtype::kFloat32 : contract::Dtype::kBFloat16;
   const int64_t weight_bytes = contract::WeightBytes(shape, options.layers, held).total();
   ASSIGN_OR_RETURN(const KvSizing sizing, SizeKv({.free_bytes = FreeBytes(device),
@@ -227,6 +235,7 @@ Result<std::unique_ptr<StageCompute>> LoadModelCompute(weights::Checkpoint* chec
                                          .dtype = dtype,
                                          .block_tokens = options.block_tokens,
                                          .block_count = sizing.blocks};
+  model_options.load_method = load_method;
   model_options.max_batch_tokens = options.max_batch_tokens;
   model_options.max_sequence_tokens = sizing.max_sequence_tokens;
   if (device.is_cuda()) {

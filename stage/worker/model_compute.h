@@ -24,6 +24,7 @@ struct ModelComputeOptions {
   std::string backend = "auto";  // on a GPU "auto": kernels where they fit the shape; "reference": ATen operators alone
   std::string edges = "auto";    // "auto": NCCL on a GPU, else TCP; "tcp"; "nccl" (two stages may not share a GPU then)
   std::optional<uint64_t> random_seed;  // noise of this seed instead of the checkpoint's weights
+  std::string load = "auto";     // weights::LoadMethod: "auto", "plain", "overlapped"
   int32_t block_tokens = 16;
   int32_t kv_blocks = 0;         // 0: what the free memory holds (kv_sizing.h)
   int32_t max_batch_tokens = 2048;

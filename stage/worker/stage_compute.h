@@ -53,7 +53,8 @@ class StageCompute {
   std::vector<std::byte> input_[2], output_[2];
 };
 
-using LoadProgress = std::function<void(int64_t bytes_done, int64_t bytes_total)>;
+// Called while weights are loaded; an error ends the loading with it (the stage was told to stop).
+using LoadProgress = std::function<Status(int64_t bytes_done, int64_t bytes_total)>;
 // Loads the weights; called once, on the compute thread.
 using ComputeLoader = std::function<Result<std::unique_ptr<StageCompute>>(const LoadProgress& progress)>;
 

@@ -258,13 +258,15 @@ step::PlanLimits Worker::LimitsLocked() const {
 
 bool Worker::Load() {
   int64_t last_report_micros = 0;
-  const auto progress = [&](int64_t bytes_done, int64_t bytes_total) {
+  const auto progress = [&](int64_t bytes_done, int64_t bytes_total) -> Status {
     metrics_.Loading(bytes_done, bytes_total);
     const int64_t now = clock_.NowMicros();
     std::lock_guard<std::mutex> lock(mutex_);
-    if (now - last_report_micros < kProgressIntervalMicros && bytes_done < bytes_total) return;
+    if (stopping_) return CancelledError("the stage stops");
+    if (now - last_report_micros < kProgressIntervalMicros && bytes_done < bytes_total) return OkStatus();
     last_report_micros = now;
     SendLocked(Message(transport::Loading{.bytes_done = bytes_done, .bytes_total = bytes_total}));
+    return OkStatus();
   };
   auto compute = loader_(progress);
   if (!compute.ok()) {

@@ -15,9 +15,9 @@ LINES_MAX_DEFAULT = 800
 # Where a library's headers may be met (docs/style.md "Where each library lives"). Prefix of the include -> folders.
 LIBRARIES = {
     "torch/torch.h": [],
-    "ATen/": ["stage/weights/loader.h", "stage/weights/loader.cc", "stage/ops", "stage/model", "stage/fused",
+    "ATen/": ["stage/weights/loader.h", "stage/weights/loader.cc", "stage/weights/stream_loader.cc", "stage/ops", "stage/model", "stage/fused",
              "stage/vision", "stage/sampling", "stage/worker", "stage/main.cc", "tests"],
-    "c10/": ["stage/weights/loader.h", "stage/weights/loader.cc", "stage/ops", "stage/model", "stage/fused",
+    "c10/": ["stage/weights/loader.h", "stage/weights/loader.cc", "stage/weights/stream_loader.cc", "stage/ops", "stage/model", "stage/fused",
              "stage/vision", "stage/sampling", "stage/worker", "stage/main.cc", "tests"],
     "torch/": ["stage/ops", "stage/model", "stage/vision", "stage/sampling", "stage/worker", "tests"],
     "nccl.h": ["stage/transport/nccl_edge.cc", "tests"],
@@ -26,6 +26,7 @@ LIBRARIES = {
     "spdlog/": ["stage/base/log.cc"],
     "yaml-cpp/": ["controller/ctl", "controller/kube/kubeconfig.cc", "tests"],
     "CLI/": ["stage/main.cc", "stage/head_main.cc", "controller/main.cc", "controller/ctl", "tests"],
+    "liburing.h": ["stage/weights/read_queue.cc"],
     "libav": ["stage/vision/preprocess", "tests"],
 }
 

@@ -55,6 +55,7 @@ inline int32_t OracleNext(const std::vector<int32_t>& tokens, const step::Vision
 // Knobs that a test turns while the stage runs. Thread safety: any thread.
 struct FakeControl {
   std::atomic<int> loads{0};
+  std::atomic<bool> loads_for_ever{false};  // until progress says to stop
   std::atomic<int> forwards{0};
   std::atomic<int> delay_micros{0};
   std::atomic<bool> block{false};       // Forward waits until this is false again

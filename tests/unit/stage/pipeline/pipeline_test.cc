@@ -39,7 +39,11 @@ class StageThread {
         -> Result<std::unique_ptr<worker::StageCompute>> {
       if (load_error) return *load_error;
       ++control->loads;
-      progress(50, 100);
+      RETURN_IF_ERROR(progress(50, 100));
+      while (control->loads_for_ever) {  // only progress can end it
+        RETURN_IF_ERROR(progress(50, 100));
+        std::this_thread::sleep_for(milliseconds(1));
+      }
       return std::unique_ptr<worker::StageCompute>(new FakeModel(layers, 64, control));
     };
     worker_ = std::make_unique<worker::Worker>(std::move(options), loader, metrics_);
@@ -512,6 +516,16 @@ TEST(Pipeline, ACheckpointThatDoesNotLoadEndsTheProcessAndTheHeadIsTold) {
   EXPECT_EQ(exit.status.message(), "tensor model.norm.weight: expected [8], found [7]");
   StageThread large(cluster.StageOptions(0), std::make_shared<FakeControl>(), ResourceExhaustedError("too large"));
   EXPECT_EQ(large.Join().code, ExitCode::kDoesNotFit);
+}
+
+TEST(Pipeline, AStageToldToStopInTheMiddleOfLoadingStopsLoading) {
+  Cluster cluster(1);
+  const auto control = std::make_shared<FakeControl>();
+  control->loads_for_ever = true;
+  StageThread stage(cluster.StageOptions(0), control);
+  while (control->loads == 0) std::this_thread::sleep_for(milliseconds(1));
+  stage.worker().Stop();
+  EXPECT_EQ(stage.Join().code, ExitCode::kOk);  // would not return otherwise
 }
 
 TEST(Pipeline, ShutdownEndsEveryStageWithZero) {

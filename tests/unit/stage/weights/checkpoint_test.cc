@@ -534,6 +534,7 @@ TEST_F(CheckpointTest, ReadAllDeliversEveryByteReportsProgressAndStopsAtAnError)
   options.progress = [&](int64_t done, int64_t total) {
     progress.push_back(done);
     EXPECT_EQ(total, big);
+    return OkStatus();
   };
   ASSERT_TRUE(checkpoint->ReadAll(*stage, options).ok());
   EXPECT_EQ(placed, 1);
