@@ -6,6 +6,7 @@
 #include <prometheus/registry.h>
 
 #include <cstdio>
+#include <cstdlib>
 
 #include "stage/base/clock.h"
 #include "stage/base/log.h"
@@ -136,6 +137,10 @@ int Run(const Flags& flags, const sigset_t& signals) {
     std::fflush(stdout);
   }
   while (!WaitForSignal(signals, 1000)) {
+    if (engine_thread.alive()) continue;
+    // It cannot be joined, so nothing can be wound up; whoever started this process starts another.
+    log::Error("the scheduler makes no progress: giving the process up", {});
+    std::_Exit(static_cast<int>(ExitCode::kStalled));
   }
 
   log::Info("draining", {{"timeout_s", flags.drain_seconds}});

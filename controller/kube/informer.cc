@@ -4,8 +4,8 @@
 
 namespace qwen::kube {
 
-ReflectorThread::ReflectorThread(Reflector& reflector, Transport& transport, const Clock& clock, Metrics& metrics)
-    : reflector_(reflector), transport_(transport), clock_(clock), metrics_(metrics), thread_([this](std::stop_token stop) { Run(stop); }) {}
+ReflectorThread::ReflectorThread(Reflector& reflector, Transport& transport, const Clock& clock, Metrics& metrics, std::atomic<bool>& synced)
+    : reflector_(reflector), transport_(transport), clock_(clock), metrics_(metrics), synced_(synced), thread_([this](std::stop_token stop) { Run(stop); }) {}
 
 ReflectorThread::~ReflectorThread() {
   thread_.request_stop();
@@ -15,6 +15,13 @@ ReflectorThread::~ReflectorThread() {
 bool ReflectorThread::WaitForSync(std::chrono::milliseconds timeout) {
   std::unique_lock<std::mutex> lock(mutex_);
   return changed_.wait_for(lock, timeout, [this] { return synced_.load(); });
+}
+
+void ReflectorThread::NoteSync() {
+  if (!reflector_.synced() || synced_.load()) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  synced_ = true;
+  changed_.notify_all();
 }
 
 void ReflectorThread::Run(std::stop_token stop) {
@@ -49,11 +56,7 @@ void ReflectorThread::Run(std::stop_token stop) {
                 more = !stop.stop_requested() && reflector_.OnWatchLine(clock_.NowMicros(), line);
                 return more;
               });
-              if (reflector_.synced() && !synced_.load()) {
-                std::lock_guard<std::mutex> lock(mutex_);
-                synced_ = true;
-                changed_.notify_all();
-              }
+              NoteSync();
               return more && broken.ok();
             },
             stop);
@@ -67,11 +70,7 @@ void ReflectorThread::Run(std::stop_token stop) {
         break;
       }
     }
-    if (reflector_.synced() && !synced_.load()) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      synced_ = true;
-      changed_.notify_all();
-    }
+    NoteSync();
     const bool failing = !reflector_.last_error().ok();
     if (failing) {
       metrics_.ReflectorError(reflector_.name());

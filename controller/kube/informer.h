@@ -34,20 +34,21 @@ namespace qwen::kube {
 // Drives a reflector: the only place of its I/O. Owns the thread.
 class ReflectorThread {
  public:
-  ReflectorThread(Reflector& reflector, Transport& transport, const Clock& clock, Metrics& metrics);
+  // `synced` becomes true with the first complete list. Whoever asks for it may do so before this begins and after it has ended.
+  ReflectorThread(Reflector& reflector, Transport& transport, const Clock& clock, Metrics& metrics, std::atomic<bool>& synced);
   ~ReflectorThread();  // ends the stream in progress and joins
 
   bool WaitForSync(std::chrono::milliseconds timeout);  // false: not in time
-  bool synced() const { return synced_.load(); }
 
  private:
   void Run(std::stop_token stop);
+  void NoteSync();
 
   Reflector& reflector_;
   Transport& transport_;
   const Clock& clock_;
   Metrics& metrics_;
-  std::atomic<bool> synced_{false};
+  std::atomic<bool>& synced_;
   std::mutex mutex_;
   std::condition_variable_any changed_;
   std::jthread thread_;  // last: it uses all of the above
@@ -75,11 +76,14 @@ class Informer final : private Reflector::Sink {
   // Everything borrowed outlives the informer.
   void Start(Transport& transport, const Clock& clock, Metrics& metrics) {
     QP_CHECK(thread_ == nullptr);
-    thread_ = std::make_unique<ReflectorThread>(reflector_, transport, clock, metrics);
+    thread_ = std::make_unique<ReflectorThread>(reflector_, transport, clock, metrics, synced_);
   }
-  void Stop() { thread_.reset(); }
+  void Stop() {
+    thread_.reset();
+    synced_ = false;
+  }
   bool WaitForSync(std::chrono::milliseconds timeout) { return thread_ != nullptr && thread_->WaitForSync(timeout); }
-  bool synced() const { return thread_ != nullptr && thread_->synced(); }
+  bool synced() const { return synced_; }
 
  private:
   Ptr Make(const Json& object) const {
@@ -125,6 +129,7 @@ class Informer final : private Reflector::Sink {
   std::vector<Handler> handlers_;
   std::unordered_map<ObjectKey, Ptr> listed_;  // the list in progress; owned by the thread
   Reflector reflector_;                        // owned by the thread while there is one
+  std::atomic<bool> synced_{false};
   std::unique_ptr<ReflectorThread> thread_;
 };
 

@@ -424,7 +424,9 @@ class Planner {
 
   void Restart() {
     const int64_t due = record().last_failure_seconds + BackoffSeconds(pipeline_.spec.restart, record().failures);
+    const std::vector<int32_t> lost = Mendable();
     if (input_.now_seconds < due) {
+      plan_.mended = !lost.empty();  // as it will be: the event is written now
       Wake(due);
       plan_.blocker = Blocker{50, "CrashLoop", record().last_failure_message + "; failure " + std::to_string(record().failures) +
                                                    ", the group restarts after a back-off of " +
@@ -432,7 +434,7 @@ class Planner {
       return;
     }
     plan_.restarted = true;
-    if (const std::vector<int32_t> lost = Mendable(); !lost.empty()) return Mend(lost);
+    if (!lost.empty()) return Mend(lost);
     Replace();
     plan_.blocker = Blocker{40, "Restarting", record().last_failure_message + "; the whole group restarts under epoch " + std::to_string(record().epoch) +
                                                   ", every stage loads its weights again"};

@@ -19,12 +19,12 @@ constexpr int32_t kUser = 65532;  // "nonroot" of the common base images
 constexpr int32_t kStartupSeconds = 3600;
 // The first probe meets a process that does not listen yet; a group that starts again waits this long for the second.
 constexpr int32_t kStartupPeriodSeconds = 1;
-// A process that hangs is gone after 15 to 20 s and these: it hears no SIGTERM, so its long grace would only keep the others waiting.
-constexpr int32_t kLivenessPeriodSeconds = 5;
-constexpr int32_t kHungGraceSeconds = 5;
-// Beyond the drain: what closing connections and freeing a GPU take. A stage has nothing to finish: its head ends first.
+constexpr int32_t kLivenessPeriodSeconds = 5;  // three in a row: a process that hangs is noticed after 15 to 20 s
+// Beyond the drain: what closing connections and freeing a GPU take. A stage has nothing to finish: its head ends first. One
+// that hangs hears no SIGTERM, and its group waits for the end of its grace. (A probe's own grace counts only where the container may
+// be restarted.)
 constexpr int32_t kGraceSlackSeconds = 15;
-constexpr int32_t kStageGraceSeconds = 30;
+constexpr int32_t kStageGraceSeconds = 5;
 
 std::string S(std::string_view text) { return std::string(text); }
 
@@ -68,7 +68,6 @@ json Container(const api::QwenPipeline& pipeline, const Process& process, const 
                     {"livenessProbe", Probe(contract::kHealthPath, probed, kLivenessPeriodSeconds, 3)},
                     {"readinessProbe", Probe(contract::kReadyPath, probed, 2, 1)},
                     {"securityContext", ContainerSecurity()}};
-  container["livenessProbe"]["terminationGracePeriodSeconds"] = kHungGraceSeconds;
   if (head && pre_stop_seconds > 0) container["lifecycle"]["preStop"]["sleep"]["seconds"] = pre_stop_seconds;
   const auto port = [](const char* name, uint16_t number) { return json{{"name", name}, {"containerPort", number}}; };
   container["ports"] = head ? json{port("api", contract::kApiPort), port("control", contract::kControlPort)}

@@ -126,6 +126,26 @@ TEST(Informer, KeepsItsStoreThroughARelistAndTellsEveryDifferenceOnce) {
   EXPECT_EQ(heard, (Strings{"+a!", "+b!", "+c!", "~a", "-b", "-c", "+b!"}));
 }
 
+// A readiness probe comes when it likes, also while the process starts and while it ends.
+TEST(Informer, IsAskedWhetherItIsSyncedByAnotherThreadThroughoutItsLife) {
+  FakeTransport transport;
+  transport.AddStream({{EndOfList("5")}, HttpResponse{200, {}, -1}});
+  SteadyClock clock;
+  prometheus::Registry registry;
+  Metrics metrics(registry, "test");
+  Informer<Pod> informer({.resource = resources::kPods, .selection = {}, .page_items = 500, .watch_list = true, .seed = 1},
+                         [](const Json& object) { return Pod{ParseMeta(object), ""}; });
+  std::atomic<int> answers{0};
+  std::jthread prober([&](std::stop_token stop) {
+    while (!stop.stop_requested()) answers += informer.synced() ? 1 : 0;
+  });
+  informer.Start(transport, clock, metrics);
+  ASSERT_TRUE(informer.WaitForSync(5s));
+  for (int i = 0; i < 5000 && answers == 0; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  informer.Stop();
+  EXPECT_FALSE(informer.synced());
+  EXPECT_GT(answers, 0);
+}
 TEST(Informer, LeavesOutAnObjectThatCannotBeDecodedAndGoesOn) {
   FakeTransport transport;
   transport.AddStream({{R"({"type":"ADDED","object":{"metadata":{"namespace":"ns","name":"odd","resourceVersion":"1"}}})" "\n" +

@@ -204,6 +204,8 @@ TEST(Group, ACrashLoopBacksOffNamesTheReasonAndEndsWithItsBudget) {
   for (const int64_t wait : {0, 10, 20}) {
     world.End("q-0-stage-1-" + std::to_string(epoch), 70);
     const Actions actions = world.Step();
+    ASSERT_EQ(actions.notices.size(), 1u);
+    EXPECT_EQ(actions.notices[0].reason, "PodLost") << "now or after its back-off, only that pod is made again";
     if (wait > 0) {
       EXPECT_EQ(actions.wake_seconds, world.now + wait);
       EXPECT_EQ(world.ReadyReason(), "CrashLoop");

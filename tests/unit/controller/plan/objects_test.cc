@@ -102,7 +102,7 @@ TEST(Objects, TheProcessesFindEachOtherTheModelAndTheSecret) {
   EXPECT_EQ(head["spec"]["containers"][0]["lifecycle"], (json{{"preStop", {{"sleep", {{"seconds", 5}}}}}}));
   EXPECT_EQ(head["spec"]["terminationGracePeriodSeconds"], 5 + 60 + 15) << "before SIGTERM, drain, slack";
   EXPECT_FALSE(container.contains("lifecycle"));
-  EXPECT_EQ(stage["spec"]["terminationGracePeriodSeconds"], 30);
+  EXPECT_EQ(stage["spec"]["terminationGracePeriodSeconds"], 5);
 }
 
 TEST(Objects, AStageWhoseLayersNobodyListedPlansThemItself) {
