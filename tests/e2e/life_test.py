@@ -156,7 +156,7 @@ def crash_loop(world):
         world.within(f"{pod} runs", SOON_S, lambda: world.process(pod))
         os.kill(world.process(pod)[1], signal.SIGKILL)
         if epoch == 1:
-            took(world, "a stage is killed: its group begins again", NAMED_S, lambda: said.pod(NS, "digits", ended_with(137), since),
+            took(world, "a stage is killed: it is made again", NAMED_S, lambda: said.pod(NS, "digits", ended_with(137), since),
                  lambda: said.pods_made(NS, ["digits-0-stage-1-2"], since), lambda: world.living(NS, "digits"))
     named(world, "killed again", NS, "digits", "CrashLoop", r"pod digits-0-stage-1-2 ended: exit code 137", lambda p: epoch_of(2)(p) and ended_with(137)(p), since)
     world.within("after its back-off it serves again", SOON_S, lambda: world.ready(NS, "digits") and world.epoch(NS, "digits") == 3, lambda: world.condition(NS, "digits"))

@@ -326,10 +326,10 @@ class Asker:
 class Invariants:
     """Looks on from a thread of its own for as long as the world stands: at the API's pods and at the nodes' processes.
 
-    1. A name of a pod, which carries the epoch, is given once: no group of an epoch is ever made again. With `forming_repeats`: once the
+    1. A name of a pod, which carries the epoch, is given once: nothing of an epoch is ever made again. With `forming_repeats`: once the
        group stood; one that still grows may get a pod again that somebody else deleted.
-    2. Of a replica at most two epochs have all their pods Ready: in a surge the new revision stands beside the old one until that has
-       drained. Unless `deletes_fail`: then older groups may stand, each whole and under its own epoch; the next one waits for nobody.
+    2. Of a replica at most two groups have all their pods Ready: in a surge the new revision stands beside the old one until that has
+       drained. Unless `deletes_fail`: then older groups may stand, each whole; the next one waits for nobody.
     3. No two processes run for one pod's name, on whatever node, cut off or not: no two groups of one epoch serve.
     """
 
@@ -364,17 +364,18 @@ class Invariants:
         for pod in self.world.call("/api/v1/pods?labelSelector=qwenpipeline.dev/epoch")["items"]:
             meta = pod["metadata"]
             labels, owner = meta["labels"], meta["ownerReferences"][0]["uid"]
-            stood = (owner, labels["qwenpipeline.dev/replica"], labels["qwenpipeline.dev/epoch"]) in self.whole
+            replica, group = labels["qwenpipeline.dev/replica"], labels["qwenpipeline.dev/group"]
+            stood = (owner, replica, group) in self.whole
             if self.uids.get((owner, meta["name"]), meta["uid"]) != meta["uid"] and (stood or not self.forming_repeats):
                 self.note(f"{meta['name']} was made twice")
             self.uids[owner, meta["name"]] = meta["uid"]
             ready = any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", [])) and "deletionTimestamp" not in meta
-            groups.setdefault((owner, labels["qwenpipeline.dev/replica"]), {}).setdefault(labels["qwenpipeline.dev/epoch"], []).append(ready)
-        for (owner, replica), epochs in groups.items():
-            whole = [epoch for epoch, pods in epochs.items() if len(pods) > 1 and all(pods)]
-            self.whole.update((owner, replica, epoch) for epoch in whole)
+            groups.setdefault((owner, replica), {}).setdefault(group, []).append(ready)
+        for (owner, replica), of_replica in groups.items():
+            whole = [group for group, pods in of_replica.items() if len(pods) > 1 and all(pods)]
+            self.whole.update((owner, replica, group) for group in whole)
             if len(whole) > 2 and not self.deletes_fail:
-                self.note(f"replica {replica} is Ready under the epochs {whole}")
+                self.note(f"replica {replica} is Ready as the groups {whole}")
 
     def listen(self):
         for pipeline in self.world.call(f"{PIPELINES}/qwenpipelines")["items"]:

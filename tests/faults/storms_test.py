@@ -5,7 +5,7 @@ cut connections, answers that get lost, watches that expire, tear or fall silent
 The silence comes first, behind a proxy and an operator of its own, and is looked at last: it takes a minute and a half to be noticed.
 
 In each storm pipelines are made, scaled, changed, deleted, and pods are lost. When it is over every pipeline that is left must serve
-under one epoch, with each pod once and nothing beside them; the operator must come to rest; and at no time may there have been two
+as one group, with each pod once and nothing beside them; the operator must come to rest; and at no time may there have been two
 groups of one epoch (world.Invariants).
 
   storms_test.py QWEN_CONTROLLER [SEED]
@@ -21,9 +21,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests/e2e"))
+sys.path[:0] = [str(ROOT / "tests/e2e"), str(ROOT / "tests/sanitize")]
+import reports  # noqa: E402
 from proxy import Faults, Proxy  # noqa: E402
-from world import World  # noqa: E402
+from world import SLOWNESS, World  # noqa: E402
 
 PR_SET_PDEATHSIG = 1  # an operator ends with the test, also when that is killed
 NS, SILENT = "default", "silent"
@@ -52,7 +53,7 @@ class Operator:
 
     def start(self):
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(list(map(str, self.command)), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            self.process = subprocess.Popen(list(map(str, self.command)), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=reports.environment(self.log.parent),
                                             preexec_fn=lambda: ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
 
     def keep(self):
@@ -70,8 +71,8 @@ class Operator:
 
 
 class Storms:
-    def __init__(self, world, proxy, operators, seed):
-        self.world, self.proxy, self.operators, self.random = world, proxy, operators, random.Random(seed)
+    def __init__(self, world, proxy, operators, seed, namespace=NS):
+        self.world, self.proxy, self.operators, self.random, self.namespace = world, proxy, operators, random.Random(seed), namespace
         self.wanted = {}  # name -> {"stages": n, "replicas": n}
         self.made = 0
 
@@ -80,27 +81,27 @@ class Storms:
     def create(self):
         self.made += 1
         name, stages = f"p{self.made}", self.random.randint(1, 4)
-        self.world.apply(self.world.manifest(NS, name, stages, restart={"budget": 100, "backoffSeconds": 1}))
+        self.world.apply(self.world.manifest(self.namespace, name, stages, restart={"budget": 100, "backoffSeconds": 1}))
         self.wanted[name] = {"stages": stages, "replicas": 1}
 
     def lose_a_pod(self, name):
         """Of a group that is whole: one that still grows may get the missing pod again under its name."""
-        pods = self.world.pods(NS, name)
+        pods = self.world.pods(self.namespace, name)
         want = self.wanted[name]
-        if len(pods) == (want["stages"] + 1) * want["replicas"] and self.world.ready(NS, name):
+        if len(pods) == (want["stages"] + 1) * want["replicas"] and self.world.ready(self.namespace, name):
             victim = self.random.choice(sorted(pods))
-            self.world.call(f"/api/v1/namespaces/{NS}/pods/{victim}", "DELETE", {"gracePeriodSeconds": 0})
+            self.world.call(f"/api/v1/namespaces/{self.namespace}/pods/{victim}", "DELETE", {"gracePeriodSeconds": 0})
 
     def scale(self, name):
         replicas = self.wanted[name]["replicas"] = 3 - self.wanted[name]["replicas"]
-        self.world.patch(NS, name, replicas=replicas)
+        self.world.patch(self.namespace, name, replicas=replicas)
 
     def change(self, name):
         stages = self.wanted[name]["stages"] = self.wanted[name]["stages"] % 4 + 1
-        self.world.patch(NS, name, stages={"count": stages})
+        self.world.patch(self.namespace, name, stages={"count": stages})
 
     def delete(self, name):
-        self.world.kubectl("-n", NS, "delete", "qp", name, "--wait=false")
+        self.world.kubectl("-n", self.namespace, "delete", "qp", name, "--wait=false")
         del self.wanted[name]
 
     def rage(self, expire):
@@ -121,12 +122,12 @@ class Storms:
         """Nothing else happens that could remind the operator of what it still has to delete."""
         name, replicas = next((n, w["replicas"]) for n, w in self.wanted.items())
         self.proxy.faults, self.proxy.done = Faults(1.0, codes=(409,), methods=("DELETE",)), {}
-        self.world.patch(NS, name, suspend=True)
+        self.world.patch(self.namespace, name, suspend=True)
         self.wanted[name]["replicas"] = 0
         self.world.within("deletions are refused", 20, lambda: self.proxy.done.get(409, 0) > 0)
         time.sleep(3)
         self.quiet("deletions refused", 30)
-        self.world.patch(NS, name, suspend=False)
+        self.world.patch(self.namespace, name, suspend=False)
         self.wanted[name]["replicas"] = replicas
         self.quiet("and woken again", 30)
 
@@ -135,19 +136,19 @@ class Storms:
     def astray(self):
         """What is not as it should be, in words; [] when all is well."""
         wrong = []
-        pods = self.world.call(f"/api/v1/namespaces/{NS}/pods?labelSelector=qwenpipeline.dev/pipeline")["items"]
+        pods = self.world.call(f"/api/v1/namespaces/{self.namespace}/pods?labelSelector=qwenpipeline.dev/pipeline")["items"]
         members = {}
         for pod in pods:
             labels = pod["metadata"]["labels"]
             members.setdefault((labels["qwenpipeline.dev/pipeline"], labels["qwenpipeline.dev/replica"]), []).append(
-                (labels["qwenpipeline.dev/epoch"], labels.get("qwenpipeline.dev/stage", "head")))
+                (labels["qwenpipeline.dev/group"], labels.get("qwenpipeline.dev/stage", "head")))
         for name, want in self.wanted.items():
-            if want["replicas"] and not self.world.ready(NS, name):
-                wrong.append(f"{name} is not Ready: {self.world.condition(NS, name)}")
+            if want["replicas"] and not self.world.ready(self.namespace, name):
+                wrong.append(f"{name} is not Ready: {self.world.condition(self.namespace, name)}")
             for replica in range(want["replicas"]):
                 found = sorted(members.pop((name, str(replica)), []))
-                epochs = {epoch for epoch, _ in found}
-                if len(epochs) != 1 or [m for _, m in found] != sorted(["head", *map(str, range(want["stages"]))]):
+                groups = {group for group, _ in found}
+                if len(groups) != 1 or [m for _, m in found] != sorted(["head", *map(str, range(want["stages"]))]):
                     wrong.append(f"replica {replica} of {name} is {found}")
         return wrong + [f"orphans: {key} {found}" for key, found in members.items()]
 
@@ -195,7 +196,7 @@ class Silence:
 
     def end(self):
         self.world.within("half-open: it is noticed", HALF_OPEN_S, lambda: self.took)
-        self.world.check(f"half-open: the loss behind it was found and repaired after {self.took or -1:.0f} s", self.took and 1 < self.took < HALF_OPEN_S, self.took)
+        self.world.check(f"half-open: the loss behind it was found and repaired after {self.took or -1:.0f} s", self.took and 1 < self.took < HALF_OPEN_S * SLOWNESS, self.took)
 
 
 def main():
@@ -223,6 +224,8 @@ def main():
             world.check(f"operators ended {len(ends)} times, each because it lost its lease", set(ends) <= {1}, ends)
             lost = sum(len(re.findall("the lease was lost", operator.log.read_text())) for operator in operators)
             world.check("and said so", lost == len(ends), (lost, ends))
+            said = reports.read(world.folder)
+            world.check("no sanitizer said anything", not said, "\n".join(said)[:6000])
             for name in list(storms.wanted):
                 storms.delete(name)
             world.kubectl("-n", SILENT, "delete", "qp", "still", "--wait=false")

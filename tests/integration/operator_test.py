@@ -6,6 +6,7 @@ an annotation says (kube/fakelet.go) or, while they are frozen, what this test w
 with the time it took, and fails if any fails.
 
 usage: operator_test.py QWEN_CONTROLLER [QWENCTL]
+With SLOWNESS=N in the environment it may take N times as long: for a controller that is built with a sanitizer, whose reports fail the test.
 """
 import json
 import os
@@ -21,14 +22,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/cluster"))
+sys.path.insert(0, str(ROOT / "tests/sanitize"))
 import cluster as kube  # noqa: E402
+import reports  # noqa: E402
 
 PIPELINES = "/apis/qwenpipeline.dev/v1alpha1/namespaces/{}/qwenpipelines"
 MERGE = "application/merge-patch+json"
 BUDGETS = "/apis/policy/v1/namespaces/{}/poddisruptionbudgets"
 OWNED = ["/api/v1/namespaces/{}/pods", "/api/v1/namespaces/{}/services", "/api/v1/namespaces/{}/secrets",
          "/apis/networking.k8s.io/v1/namespaces/{}/networkpolicies", BUDGETS]
-PATIENCE_S = 60  # a machine that does other things; what is asserted about speed has its own limit
+SLOWNESS = float(os.environ.get("SLOWNESS", "1"))
+PATIENCE_S = 60 * SLOWNESS  # a machine that does other things; what is asserted about speed has its own limit
+REST_S = 20 if SLOWNESS == 1 else 5
+LEASE_S = max(6, min(15, round(3 * SLOWNESS)))
 
 
 class Controller:
@@ -37,7 +43,8 @@ class Controller:
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 [program, "--kubeconfig", str(cluster.dir / "admin.kubeconfig"), "--image-head", "test/head:1", "--image-stage", "test/stage:1",
-                 "--metrics-port", "0", "--lease-seconds", "6", "--identity", name], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                 "--metrics-port", "0", "--lease-seconds", str(LEASE_S), "--identity", name], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env=reports.environment(folder))
 
     def port(self):
         found = re.search(r"metrics_port=(\d+)", self.log.read_text())
@@ -55,7 +62,7 @@ class Controller:
     def end(self, number=signal.SIGTERM):
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(timeout=30)
+        return self.process.wait(timeout=30 * SLOWNESS)
 
 
 class Suite:
@@ -91,7 +98,7 @@ class Suite:
         while not (good := met()) and time.monotonic() - start < PATIENCE_S:
             time.sleep(0.05)
         took = time.monotonic() - start
-        self.check(f"{what} ({took:.2f} s)", good and took <= limit_s, f"limit {limit_s} s; {details()}")
+        self.check(f"{what} ({took:.2f} s)", good and took <= limit_s * SLOWNESS, f"limit {limit_s * SLOWNESS:g} s; {details()}")
         return took
 
     # -- what is there
@@ -189,15 +196,18 @@ class Suite:
             return {(i["metadata"]["name"], i["metadata"]["resourceVersion"]) for i in items}
         time.sleep(1)
         before, writes = versions(), controller.writes()
-        time.sleep(20)
-        self.check("20 s of rest: no write but renewals of the lease", controller.writes() == writes, f"{controller.writes() - writes} requests")
+        time.sleep(REST_S)
+        self.check(f"{REST_S} s of rest: no write but renewals of the lease", controller.writes() == writes, f"{controller.writes() - writes} requests")
         self.check("and no object changed", versions() == before, versions() ^ before)
 
     def loss(self):
+        before = {n: pod["metadata"]["uid"] for n, pod in self.pods("digits").items()}
         self.must("DELETE", "/api/v1/namespaces/default/pods/digits-0-stage-2-1", {"gracePeriodSeconds": 0})
-        expected = ["digits-0-head-2"] + [f"digits-0-stage-{k}-2" for k in range(4)]
-        self.within("a killed pod: the group is replaced under the next epoch", 5, lambda: self.names("digits") == expected, lambda: self.names("digits"))
-        self.within("and Ready again", 10, lambda: self.ready("digits") and sorted(self.pods("digits")) == expected, lambda: self.condition("digits"))
+        expected = ["digits-0-head-1", "digits-0-stage-0-1", "digits-0-stage-1-1", "digits-0-stage-2-2", "digits-0-stage-3-1"]
+        self.within("a killed pod is made again under the next epoch", 5, lambda: self.names("digits") == expected, lambda: self.names("digits"))
+        self.within("and its group is Ready again", 10, lambda: self.ready("digits") and sorted(self.pods("digits")) == expected, lambda: self.condition("digits"))
+        after = {n: pod["metadata"]["uid"] for n, pod in self.pods("digits").items()}
+        self.check("every other pod is the one that it was", {n: u for n, u in after.items() if n in before} == {n: u for n, u in before.items() if n in after}, (before, after))
         self.check("one restart is counted", self.pipeline("digits")["status"]["restarts"] == 1, self.pipeline("digits")["status"])
 
     def node(self, name, **changes):
@@ -212,7 +222,7 @@ class Suite:
         self.must("PATCH", f"/api/v1/nodes/{node}/status", {"status": {"conditions": [
             {"type": "Ready", "status": "Unknown", "reason": "NodeStatusUnknown", "lastHeartbeatTime": now, "lastTransitionTime": now}]}},
             "application/strategic-merge-patch+json")
-        self.within("a node without power: the group's next epoch exists at once", 2, lambda: "moved-0-stage-1-2" in self.names("moved"), lambda: self.names("moved"))
+        self.within("a node without power: what stood there is made again at once", 2, lambda: "moved-0-stage-1-2" in self.names("moved"), lambda: self.names("moved"))
         self.within("and serves, whatever is stuck", 10, lambda: self.ready("moved"), lambda: self.condition("moved"))
         stuck = [n for n, pod in self.pods("moved").items() if pod["spec"].get("nodeName") == node]
         self.check("the dead node's pods are still there", stuck and all("deletionTimestamp" in self.pods("moved")[n]["metadata"] for n in stuck), stuck)
@@ -227,18 +237,19 @@ class Suite:
         self.within("a node that comes back hinders nothing", 30, lambda: not self.left("moved"), lambda: self.left("moved"))
 
     def crash_loop(self):
-        self.fake("digits-0-stage-1-2", "exit", "70")  # the second failure: this restart waits 10 s
+        self.fake("digits-0-stage-1-1", "exit", "70")  # the second failure: this restart waits 10 s
         self.within("a crash loop is named with its pod and reason", 5,
-                    lambda: "pod digits-0-stage-1-2 ended: exit code 70 (GPU fault)" in self.condition("digits")["message"] and self.condition("digits")["reason"] == "CrashLoop",
+                    lambda: "pod digits-0-stage-1-1 ended: exit code 70 (GPU fault)" in self.condition("digits")["message"] and self.condition("digits")["reason"] == "CrashLoop",
                     lambda: self.condition("digits"))
-        self.check("the pods stay for a look during the back-off", "digits-0-stage-1-2" in self.names("digits"), self.names("digits"))
+        self.check("the pod stays for a look during the back-off", "digits-0-stage-1-1" in self.names("digits"), self.names("digits"))
 
     def comes_back(self):
-        self.within("after its back-off the crashed group serves under the next epoch", 15, lambda: self.ready("digits") and "digits-0-stage-1-3" in self.names("digits"),
-                    lambda: self.condition("digits"))
+        expected = ["digits-0-head-1", "digits-0-stage-0-1", "digits-0-stage-1-3", "digits-0-stage-2-2", "digits-0-stage-3-1"]
+        self.within("after its back-off the crashed stage is made again and its group serves", 15, lambda: self.ready("digits") and self.names("digits") == expected,
+                    lambda: (self.names("digits"), self.condition("digits")))
         events = self.must("GET", "/apis/events.k8s.io/v1/namespaces/default/events")["items"]
         reasons = [e["reason"] for e in events if e.get("regarding", {}).get("name") == "digits"]
-        self.check("events tell the story", reasons.count("GroupLost") == 2 and reasons.count("GroupCreated") == 3, reasons)
+        self.check("events tell the story", reasons.count("PodLost") == 2 and reasons.count("GroupCreated") == 1, reasons)
 
     def terminal(self, qwenctl):
         def run(*args):
@@ -423,6 +434,7 @@ class Suite:
         for name in ("digits", "two", "long"):
             self.remove(name)
         self.within("deletion leaves nothing", 30, lambda: not any(self.left(n) for n in ("digits", "two", "long")), lambda: self.left("long"))
+        return third
 
     def namespace_goes(self):
         self.must("DELETE", "/api/v1/namespaces/tight")
@@ -460,8 +472,11 @@ class Suite:
         memory = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{first.process.pid}/status").read_text()).group(1)
         print(f"     the controller holds {int(memory) / 1024:.1f} MiB after {first.writes():.0f} writes")
         second = self.killed_in_the_middle(first)
-        self.handover(second)
+        third = self.handover(second)
         self.namespace_goes()
+        self.check("the last one ends with 0 too", third.end() == 0, third.process.returncode)
+        said = reports.read(self.folder)
+        self.check("no sanitizer said anything", not said, "\n".join(said))
 
 
 def main():
