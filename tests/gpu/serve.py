@@ -3,15 +3,13 @@
 shape with generated weights. Used by tests/gpu/run; alone:
 
 usage: tests/gpu/serve.py --bin build/bin [--stages 1,2] [--shape Qwen3-VL-30B-A3B] [--load 1:1024:128,...] [--soak SECONDS]
-  --load   clients:prompt tokens:output tokens; every client sends one request, all at once. With 1 output token a row `.prefill`:
-           prompt tokens a second, median of three; with 2 to 256 a row `.decode`: tokens after the first, over the time that a
-           run takes longer than one with a single output token (the shorter of two runs each); always `.total`, tokens in and
-           out a second of the last run, with time to first token and between tokens as the head's metrics have them
+  --load   clients:prompt tokens:output tokens; every client sends one request, all at once. Rows `.prefill`, `.decode` and `.total`,
+           counted as peer/counting.py says, and time to first token and between tokens as the head's metrics have them
+  --checkpoint DIR  its weights (peer/make_checkpoint.py) in place of noise; --shape then only names the rows
   --soak   then keeps 64 clients busy for so long (random lengths, a tenth of them hang up) and says whether memory stayed flat
 Prints JSON rows ({suite, case, unit, ours}); exit code 1 when an answer is wrong.
 """
 import argparse
-import itertools
 import json
 import random
 import re
@@ -26,7 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests/parity"))
+sys.path[:0] = [str(ROOT / "tests/parity"), str(ROOT / "tests/gpu/peer")]
+import counting  # noqa: E402
 import served  # noqa: E402
 
 # text_config of the released models (their config.json), and one so small that a CPU serves it: to test this script
@@ -135,6 +134,8 @@ def main() -> int:
     parser.add_argument("--stages", default="1")
     parser.add_argument("--device", default="Cuda")
     parser.add_argument("--shape", default="")
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--vocab", type=int, default=151_000, help="prompts hold token ids below it")
     parser.add_argument("--load", default="1:2048:129,8:2048:129,32:1024:129,256:512:129,256:1024:256")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of one plan")
     parser.add_argument("--soak", type=float, default=0)
@@ -157,47 +158,37 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             served.READY_SECONDS = 400
             engine = {"device": args.device, "maxSequences": 256, "maxBatchTokens": args.batch_tokens, "kvCacheTokens": 335872, "threads": 8}
-            spec = served.manifest(shape_folder(args.shape, Path(folder)), stages=stages, dtype="BFloat16", engine=engine, model={"maxModelLen": 10240})
-            with served.Pipeline(qwenctl, spec, ["--random-weights", "1"]) as pipeline:
-                def generate(seed, prompt, output):
-                    # Tokens of its own for every client: nothing is found in the prefix cache, and experts are met uniformly. With
-                    # prompts alike but for a few tokens, 8 sequences decode 14 % faster: they share experts.
-                    tokens = random.Random(seed).choices(range(151_000), k=prompt)
+            source, noise = (args.checkpoint, []) if args.checkpoint else (shape_folder(args.shape, Path(folder)), ["--random-weights", "1"])
+            spec = served.manifest(source, stages=stages, dtype="BFloat16", engine=engine, model={"maxModelLen": 10240})
+            with served.Pipeline(qwenctl, spec, noise) as pipeline:
+                def generate(tokens, output):
                     body = pipeline.post("/v1/completions", {"model": "parity", "prompt": tokens, "max_tokens": output, "temperature": 0,
                                                              "ignore_eos": True, "return_token_ids": True})
                     return body["choices"][0]["token_ids"], body["usage"]["completion_tokens"]
 
-                alone[stages] = [generate(seed, 1024, 128)[0] for seed in range(4)]
+                alone[stages] = [generate(counting.tokens(seed, 1024, args.vocab), 128)[0] for seed in range(4)]
                 same = sum(a == b for a, b in zip(alone[stages], next(iter(alone.values()))))
                 row(f"{args.shape}.stages{stages}.same_tokens_as_first_split", "of 4", same)
                 if same < 4:
                     wrong.append(f"{4 - same} answers on {stages} stages differ")
                 for number, load in enumerate(args.load.split(",")):
                     clients, prompt, output = map(int, load.split(":"))
-                    case, runs = f"{args.shape}.stages{stages}.http.clients{clients}.in{prompt}.out{output}", itertools.count()
+                    name = f"{args.shape}.stages{stages}.http"
 
-                    def run(length):
-                        first = 1000 * (100 * number + next(runs))  # new prompts: nothing is found in the prefix cache
-                        with ThreadPoolExecutor(clients) as pool:
-                            start = time.monotonic()
-                            done = list(pool.map(lambda i: generate(first + i, prompt, length), range(clients)))
-                            seconds = time.monotonic() - start
-                        assert all(count == length for _, count in done), "a request ended early"
+                    def all_at_once(prompts, length):
+                        with ThreadPoolExecutor(len(prompts)) as pool:
+                            return [count for _, count in pool.map(lambda tokens: generate(tokens, length), prompts)]
+
+                    def with_latencies(run):
+                        series = {what: f"qwen_{what}_seconds" for what in ("time_to_first_token", "inter_token_latency")}
+                        before = pipeline.metrics()
+                        seconds, after = run(), pipeline.metrics()
+                        for what, s in series.items():
+                            total, count = (after[s + end] - before[s + end] for end in ("_sum", "_count"))
+                            row(f"{name}.clients{clients}.in{prompt}.out{output}.{what}", "ms", round(total / max(count, 1) * 1e3, 3))
                         return seconds
 
-                    if output == 1:
-                        row(case + ".prefill", "tok/s", round(clients * prompt / sorted(run(1) for _ in range(4))[1], 1))  # the first warms up
-                        continue
-                    if output <= 256 and clients * output <= 256 * 200:
-                        first, rest = min(run(1) for _ in range(2)), min(run(output) for _ in range(2))
-                        row(case + ".decode", "tok/s", round(clients * (output - 1) / (rest - first), 1))
-                    series = {name: f"qwen_{name}_seconds" for name in ("time_to_first_token", "inter_token_latency")}
-                    before = pipeline.metrics()
-                    seconds, after = run(output), pipeline.metrics()
-                    row(case + ".total", "tok/s in and out", round(clients * (prompt + output) / seconds, 1))
-                    for n, s in series.items():
-                        total, count = (after[s + end] - before[s + end] for end in ("_sum", "_count"))
-                        row(f"{case}.{n}", "ms", round(total / max(count, 1) * 1e3, 3))
+                    counting.measure(name, load, number, all_at_once, row, args.vocab, with_latencies)
                 if args.soak > 0:
                     wrong += soak(pipeline, args.soak, row, f"{args.shape}.stages{stages}")
     for what in wrong:
