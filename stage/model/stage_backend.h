@@ -35,7 +35,7 @@ class StageBackend {
 };
 
 struct StageModelOptions;
-// Called by StageModel::Create. May replace tensors by views of merged ones (q, k, v of a layer). kUnimplemented when the
+// Called by StageModel::Create. May replace tensors by views of merged ones (q, k, v of a layer), and reorders FP8 codes where they lie. kUnimplemented when the
 // shape, dtype or device is none that the backend has kernels for: the model then runs on the reference.
 using StageBackendFactory = std::function<Result<std::unique_ptr<StageBackend>>(
     const contract::ModelShape& shape, const StageModelOptions& options, weights::TensorMap& tensors,

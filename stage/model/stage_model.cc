@@ -68,7 +68,8 @@ Result<std::unique_ptr<StageModel>> StageModel::Load(weights::Checkpoint& checkp
                                          .dtype = options.dtype,
                                          .threads = options.load_threads,
                                          .progress = progress,
-                                         .method = options.load_method}));
+                                         .method = options.load_method,
+                                         .keep_fp8 = options.keep_fp8}));
   return Create(shape, options, tensors);
 }
 
@@ -100,6 +101,7 @@ Status StageModel::Bind(const weights::TensorMap& given) {
     cache_.push_back({at::empty(sizes, kv_options), at::empty(sizes, kv_options)});
   }
   rotary_ = ops::MakeRotaryFrequencies(Rotary(shape_), options_.device);
+  std::string refused;  // why the backend did not take the model
   if (options_.backend) {
     auto backend = options_.backend(shape_, options_, tensors, cache_, rotary_);
     if (backend.ok()) {
@@ -107,6 +109,10 @@ Status StageModel::Bind(const weights::TensorMap& given) {
       return OkStatus();
     }
     if (backend.status().code() != StatusCode::kUnimplemented) return backend.status();
+    refused = ": " + backend.status().message();
+  }
+  for (const auto& [slot, tensor] : tensors) {
+    if (tensor.scalar_type() == at::kFloat8_e4m3fn) return FailedPreconditionError("weights are kept in FP8, which the reference does not compute with" + refused);
   }
   for (int32_t layer = options_.layers.begin; layer < options_.layers.end; ++layer) {
     layers_.emplace_back(shape_, DecoderLayer::Options{.layer = layer, .ties = options_.router_ties}, tensors);

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <optional>
 
+#include "stage/weights/fp8.h"
 #include "stage/weights/stream_loader.h"
 
 namespace qwen::weights {
@@ -18,17 +19,6 @@ std::optional<at::ScalarType> ToScalarType(StoredDtype dtype) {
     case StoredDtype::kFloat8E4M3: return at::kFloat8_e4m3fn;
     default: return std::nullopt;
   }
-}
-
-// weight (..., R, C) fp8 times its block's scale (..., ceil(R/rows), ceil(C/columns)), multiplied in float32.
-at::Tensor Dequantize(const at::Tensor& weight, const at::Tensor& scale, const contract::QuantizationShape& block) {
-  const int64_t rows = weight.size(-2), columns = weight.size(-1);
-  const at::Tensor wide = scale.to(at::kFloat)
-                              .repeat_interleave(block.block_rows, -2)
-                              .narrow(-2, 0, rows)
-                              .repeat_interleave(block.block_columns, -1)
-                              .narrow(-1, 0, columns);
-  return weight.to(at::kFloat) * wide;
 }
 
 class Loading {
@@ -56,7 +46,7 @@ class Loading {
     return OkStatus();
   }
 
-  // Multiplies FP8 weights out and gives aliases their tensor.
+  // Multiplies FP8 weights out, unless they are to be kept, and gives aliases their tensor.
   Result<TensorMap> Finish(const StageTensors& found) {
     for (const Entry& entry : found.entries) {
       if (entry.dtype != StoredDtype::kFloat8E4M3) continue;
@@ -64,8 +54,9 @@ class Loading {
       if (scale == tensors_.end() || !shape_.quantization) {
         return DataLossError("tensor " + entry.slot + ": float8 without a scale or without quantization_config");
       }
+      if (options_.keep_fp8) continue;
       at::Tensor& weight = tensors_[entry.slot];
-      weight = Dequantize(weight, scale->second, *shape_.quantization).to(options_.dtype);
+      weight = MultiplyOut(weight, scale->second, *shape_.quantization).to(options_.dtype);
       tensors_.erase(scale);
     }
     for (const Entry& entry : found.entries) {
@@ -87,7 +78,7 @@ Result<TensorMap> LoadTensors(Checkpoint& checkpoint, const contract::ModelShape
   c10::InferenceMode inference;
   ASSIGN_OR_RETURN(const StageTensors found, checkpoint.ResolveStage(shape, options.spec));
   RETURN_IF_ERROR(found.report.ToStatus());
-  if (options.method == LoadMethod::kOverlapped || (options.method == LoadMethod::kAuto && options.device.is_cpu())) {
+  if (!options.keep_fp8 && (options.method == LoadMethod::kOverlapped || (options.method == LoadMethod::kAuto && options.device.is_cpu()))) {
     return StreamTensors(checkpoint, shape, found, options);
   }
   try {
@@ -122,6 +113,11 @@ Result<TensorMap> RandomTensors(const contract::ModelShape& shape, const LoadOpt
         tensor.normal_(0.0, table ? 1.0 : 1.0 / std::sqrt(static_cast<double>(slot.shape.back())), generator);
       } else {
         tensor.fill_(slot.name.ends_with(".bias") ? 0.0 : 1.0);
+      }
+      if (options.keep_fp8 && shape.quantization && slot.quantizable) {
+        Fp8Tensor fp8 = Quantize(tensor, *shape.quantization);
+        tensor = std::move(fp8.codes);
+        tensors[slot.name + "_scale_inv"] = std::move(fp8.scales);
       }
       tensors[slot.name] = std::move(tensor);
     }

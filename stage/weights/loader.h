@@ -2,7 +2,7 @@
 // The only file of this room that knows LibTorch (target qp_loader).
 //
 // Both expert layouts on disk become one (weight_map.h), tied tensors share storage, block-FP8 weights are multiplied out
-// to `dtype`. Thread safety: call from one thread.
+// to `dtype` or kept. Thread safety: call from one thread.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -30,6 +30,9 @@ struct LoadOptions {
   int32_t threads = 4;
   LoadProgress progress;  // may be empty
   LoadMethod method = LoadMethod::kAuto;
+  // FP8 weights stay as stored, with their scales in float32 under "<slot>_scale_inv"; loaded by kPlain whatever `method` says.
+  // For a backend that computes with them: the reference does not. Of RandomTensors: noise in FP8 when the shape has quantization.
+  bool keep_fp8 = false;
 };
 // kDataLoss with tensor, expected and found shape when the checkpoint does not fit the shape; kResourceExhausted when the
 // device's memory does not suffice.

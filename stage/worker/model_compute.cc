@@ -202,7 +202,8 @@ Result<std::unique_ptr<model::StageModel>> MakeModel(weights::Checkpoint* checkp
                    weights::RandomTensors(shape,
                                           {.spec = {.layers = options.layers, .index = options.stage, .stages = options.stages},
                                            .device = model_options.device,
-                                           .dtype = model_options.dtype},
+                                           .dtype = model_options.dtype,
+                                           .keep_fp8 = model_options.keep_fp8},
                                           *options.random_seed));
   return model::StageModel::Create(shape, model_options, tensors);
 }
@@ -216,7 +217,12 @@ Result<std::unique_ptr<StageCompute>> LoadModelCompute(weights::Checkpoint* chec
   ASSIGN_OR_RETURN(const at::ScalarType dtype, DtypeOf(options.dtype, shape));
   ASSIGN_OR_RETURN(const weights::LoadMethod load_method, LoadMethodOf(options.load));
   const contract::Dtype held = dtype == at::kFloat ? contract::Dtype::kFloat32 : contract::Dtype::kBFloat16;
-  const int64_t weight_bytes = contract::WeightBytes(shape, options.layers, held).total();
+  if (options.fp8 != "expand" && options.fp8 != "keep") return InvalidArgumentError("fp8: " + options.fp8 + " is not expand or keep");
+  const bool keep_fp8 = options.fp8 == "keep" && shape.quantization;
+  if (keep_fp8 && (!device.is_cuda() || options.backend == "reference")) {
+    return InvalidArgumentError("fp8: keep needs the kernels (device cuda, backend auto)");
+  }
+  const int64_t weight_bytes = contract::WeightBytes(shape, options.layers, keep_fp8 ? contract::Dtype::kFloat8E4M3 : held).total();
   ASSIGN_OR_RETURN(const KvSizing sizing, SizeKv({.free_bytes = FreeBytes(device),
                                                   .weight_bytes = weight_bytes,
                                                   .kv_bytes_per_token = contract::KvBytesPerToken(shape, options.layers, held),
@@ -236,6 +242,7 @@ Result<std::unique_ptr<StageCompute>> LoadModelCompute(weights::Checkpoint* chec
                                          .block_tokens = options.block_tokens,
                                          .block_count = sizing.blocks};
   model_options.load_method = load_method;
+  model_options.keep_fp8 = keep_fp8;
   model_options.max_batch_tokens = options.max_batch_tokens;
   model_options.max_sequence_tokens = sizing.max_sequence_tokens;
   if (device.is_cuda()) {

@@ -24,6 +24,7 @@ struct ModelComputeOptions {
   std::string backend = "auto";  // on a GPU "auto": kernels where they fit the shape; "reference": ATen operators alone
   std::string edges = "auto";    // "auto": NCCL on a GPU, else TCP; "tcp"; "nccl" (two stages may not share a GPU then)
   std::optional<uint64_t> random_seed;  // noise of this seed instead of the checkpoint's weights
+  std::string fp8 = "expand";    // of a block-FP8 checkpoint: "expand" to the dtype when loading, or "keep" in the GPU's memory
   std::string load = "auto";     // weights::LoadMethod: "auto", "plain", "overlapped"
   int32_t block_tokens = 16;
   int32_t kv_blocks = 0;         // 0: what the free memory holds (kv_sizing.h)

@@ -1,8 +1,10 @@
 // stage_gpu: a stage on a GPU, in one process, with generated weights. Three jobs:
-//   stage_gpu check        the fused backend against the reference backend on the same GPU: logits of prompts, chunks and mixed
-//                          plans, and greedy continuations; exit code 1 when a difference is no near-tie
+//   stage_gpu check [fp8]  the fused backend against the reference backend on the same GPU: logits of prompts, chunks and mixed
+//                          plans, and greedy continuations; exit code 1 when a difference is no near-tie. With fp8: weights that
+//                          stay block FP8 against the reference on the same weights multiplied out
 //   stage_gpu profile SHAPE  one step of two layers for each of a few batches, between cudaProfilerStart and Stop (for ncu)
-//   stage_gpu bench SHAPE  prefill and decode of a whole model of that shape on one GPU, or of layers A:B of it
+//   stage_gpu bench SHAPE  prefill and decode of a whole model of that shape on one GPU, or of layers A:B of it; a SHAPE that ends in
+//                          -FP8 keeps its weights in FP8 (profile takes such shapes too)
 // JSON rows on stdout ({suite, case, unit, ours}), words on stderr.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAStream.h>
@@ -19,6 +21,7 @@
 #include "stage/contract/model_shape.h"
 #include "stage/model/stage_model.h"
 #include "stage/sampling/sampler.h"
+#include "stage/weights/fp8.h"
 #include "stage/weights/loader.h"
 
 extern "C" cudaError_t cudaProfilerStart();  // of libcudart; the wheels have no cuda_profiler_api.h
@@ -120,17 +123,29 @@ void ClearChoices(const contract::ModelShape& shape, weights::TensorMap& tensors
   }
 }
 
+// The weights that the reference computes with.
+weights::TensorMap MultipliedOut(const contract::ModelShape& shape, const weights::TensorMap& tensors) {
+  weights::TensorMap wide;
+  for (const auto& [name, tensor] : tensors) {
+    if (name.ends_with("_scale_inv")) continue;
+    const bool fp8 = tensor.scalar_type() == at::kFloat8_e4m3fn;
+    wide[name] = fp8 ? weights::MultiplyOut(tensor, tensors.at(name + "_scale_inv"), *shape.quantization).to(at::kBFloat16) : tensor;
+  }
+  return wide;
+}
+
 // The same plans through both; prompts whole and in chunks, then decodes alone and beside a prompt.
 int Check(const std::string& name, const contract::ModelShape& shape) {
   const weights::StageSpec spec{.layers = {0, shape.layers}};
-  auto tensors = weights::RandomTensors(shape, {.spec = spec, .device = at::Device(at::kCUDA, 0)}, 1);
+  auto tensors = weights::RandomTensors(shape, {.spec = spec, .device = at::Device(at::kCUDA, 0), .keep_fp8 = shape.quantization.has_value()}, 1);
   QP_CHECK(tensors.ok()) << tensors.status().ToString();
   ClearChoices(shape, *tensors);
+  const weights::TensorMap wide = MultipliedOut(shape, *tensors);  // before the backend puts FP8 codes into its own order
   constexpr int kSequences = 40, kPrompt = 300, kSteps = 64;
   std::vector<Sequence> fused_sequences = MakeSequences(kSequences, kPrompt, kSteps + 1, shape.vocab, 7);
   std::vector<Sequence> reference_sequences = fused_sequences;
   const int32_t blocks = kSequences * ((kPrompt + kSteps + 1 + kBlockTokens - 1) / kBlockTokens);
-  Model reference = MakeModel(shape, spec.layers, *tensors, blocks, kPrompt + kSteps + 1, false);
+  Model reference = MakeModel(shape, spec.layers, wide, blocks, kPrompt + kSteps + 1, false);
   Model fused = MakeModel(shape, spec.layers, *tensors, blocks, kPrompt + kSteps + 1, true);
   double worst = 0;
   int failures = 0;
@@ -229,7 +244,7 @@ class Bench {
     const bool last = layers.end == shape.layers;
     const weights::StageSpec spec{.layers = layers, .index = layers.begin == 0 ? 0 : 1, .stages = (layers.begin == 0 ? 1 : 2) + (last ? 0 : 1)};
     const auto start = std::chrono::steady_clock::now();
-    auto tensors = weights::RandomTensors(shape, {.spec = spec, .device = at::Device(at::kCUDA, 0)}, 1);
+    auto tensors = weights::RandomTensors(shape, {.spec = spec, .device = at::Device(at::kCUDA, 0), .keep_fp8 = shape.quantization.has_value()}, 1);
     QP_CHECK(tensors.ok()) << tensors.status().ToString();
     model_ = MakeModel(shape, layers, *tensors, blocks_, 32768, true);
     std::fprintf(stderr, "%s: weights made in %.1f s\n", name_.c_str(), Seconds(start));
@@ -335,7 +350,7 @@ class Bench {
   bool first_ = true, last_ = true, profile_ = false;
 };
 
-contract::ModelShape Text(const char* name) {
+contract::ModelShape Text(const std::string& name) {
   auto shape = contract::NamedModelShape(name);
   QP_CHECK(shape.ok()) << shape.status().ToString();
   shape->vision.reset();  // text alone: the tower is measured elsewhere
@@ -346,17 +361,18 @@ int Main(int argc, char** argv) {
   const std::string job = argc > 1 ? argv[1] : "";
   c10::InferenceMode inference;
   if (job == "check") {
+    const std::string format = argc > 2 && argv[2] == std::string("fp8") ? "-FP8" : "", suffix = format.empty() ? "" : "-fp8";
     int failures = 0;
-    contract::ModelShape moe = Text("Qwen3-VL-30B-A3B");
+    contract::ModelShape moe = Text("Qwen3-VL-30B-A3B" + format);
     moe.layers = 4;
-    failures += Check("30b-4-layers", moe);
-    moe = Text("Qwen3-VL-235B-A22B");
+    failures += Check("30b-4-layers" + suffix, moe);
+    moe = Text("Qwen3-VL-235B-A22B" + format);
     moe.layers = 2;
-    failures += Check("235b-2-layers", moe);
-    contract::ModelShape dense = Text("Qwen3-VL-4B");
+    failures += Check("235b-2-layers" + suffix, moe);
+    contract::ModelShape dense = Text("Qwen3-VL-4B" + format);
     dense.layers = 4;
-    failures += Check("4b-4-layers", dense);
-    contract::ModelShape tiny = Text("Qwen3-VL-30B-A3B");
+    failures += Check("4b-4-layers" + suffix, dense);
+    contract::ModelShape tiny = Text("Qwen3-VL-30B-A3B" + format);
     tiny.layers = 3;
     tiny.hidden = 512;
     tiny.heads = 8;
@@ -364,13 +380,13 @@ int Main(int argc, char** argv) {
     tiny.vocab = 4096;
     tiny.moe->experts = 32;
     tiny.moe->experts_per_token = 4;
-    tiny.moe->intermediate = 128;
-    failures += Check("tiny", tiny);
+    tiny.moe->intermediate = format.empty() ? 128 : 256;
+    failures += Check("tiny" + suffix, tiny);
     return failures == 0 ? 0 : 1;
   }
   if (job == "bench" && argc > 2) {
     const std::string name = argv[2];
-    const contract::ModelShape shape = Text(name.c_str());
+    const contract::ModelShape shape = Text(name);
     contract::LayerRange layers{0, shape.layers};
     if (argc > 3) layers = contract::ParseLayerRange(argv[3]).value();
     Bench bench(name + (argc > 3 ? std::string(".layers") + argv[3] : ""), shape, layers, 256 * 1024);
@@ -387,7 +403,7 @@ int Main(int argc, char** argv) {
     Bench("profile", shape, {0, shape.layers}, 256 * 1024).Profile();
     return 0;
   }
-  std::fprintf(stderr, "usage: stage_gpu check | stage_gpu profile SHAPE | stage_gpu bench SHAPE [BEGIN:END]\n");
+  std::fprintf(stderr, "usage: stage_gpu check [fp8] | stage_gpu profile SHAPE | stage_gpu bench SHAPE [BEGIN:END]\n");
   return 64;
 }
 

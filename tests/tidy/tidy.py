@@ -15,7 +15,7 @@ LINES_MAX_DEFAULT = 800
 # Where a library's headers may be met (docs/style.md "Where each library lives"). Prefix of the include -> folders.
 LIBRARIES = {
     "torch/torch.h": [],
-    "ATen/": ["stage/weights/loader.h", "stage/weights/loader.cc", "stage/weights/stream_loader.cc", "stage/ops", "stage/model", "stage/fused",
+    "ATen/": ["stage/weights/loader.h", "stage/weights/loader.cc", "stage/weights/stream_loader.cc", "stage/weights/fp8.h", "stage/weights/fp8.cc", "stage/ops", "stage/model", "stage/fused",
              "stage/vision", "stage/sampling", "stage/worker", "stage/main.cc", "tests"],
     "c10/": ["stage/weights/loader.h", "stage/weights/loader.cc", "stage/weights/stream_loader.cc", "stage/ops", "stage/model", "stage/fused",
              "stage/vision", "stage/sampling", "stage/worker", "stage/main.cc", "tests"],

@@ -180,6 +180,24 @@ INSTANTIATE_TEST_SUITE_P(Ways, LoaderTest, ::testing::Values(Way::kPlain, Way::k
   return std::string(info.param == Way::kPlain ? "Plain" : info.param == Way::kOverlapped ? "Overlapped" : "DeviceOperators");
 });
 
+TEST_P(LoaderTest, KeptFp8BlocksAndScalesArriveAsTheyLieInTheFile) {
+  shape_.quantization = contract::QuantizationShape{.block_rows = 8, .block_columns = 16};
+  std::map<std::string, at::Tensor> stored(weights_.begin(), weights_.end());
+  const std::string slot = "layers.0.self_attn.q_proj.weight";  // (32, 24)
+  const at::Tensor quantized = (stored[slot] * 64).to(at::kFloat8_e4m3fn), scale = (at::rand({4, 2}) + 0.5).to(at::kBFloat16);
+  stored[slot] = quantized;
+  stored[slot + "_scale_inv"] = scale;
+  Write(stored);
+  Checkpoint checkpoint = Checkpoint::Open(dir_.string()).value();
+  const LoadMethod method = GetParam() == Way::kPlain ? LoadMethod::kPlain : LoadMethod::kOverlapped;  // either is asked for, one does it
+  const TensorMap loaded =
+      LoadTensors(checkpoint, shape_, {.spec = {.layers = {0, 4}}, .dtype = at::kBFloat16, .method = method, .keep_fp8 = true}).value();
+  EXPECT_EQ(loaded.at(slot).scalar_type(), at::kFloat8_e4m3fn);
+  EXPECT_TRUE(loaded.at(slot).view(at::kByte).equal(quantized.view(at::kByte)));
+  EXPECT_TRUE(loaded.at(slot + "_scale_inv").equal(scale.to(at::kFloat)));
+  EXPECT_TRUE(loaded.at("norm.weight").equal(weights_.at("norm.weight").to(at::kBFloat16)));
+}
+
 TEST_P(LoaderTest, AWrongShapeNamesTheTensor) {
   std::map<std::string, at::Tensor> wrong(weights_.begin(), weights_.end());
   wrong["layers.2.self_attn.q_norm.weight"] = at::ones({9});
