@@ -30,6 +30,16 @@ std::vector<std::string> OwnerUid(const View& view) {
   return view.meta.owner_uid.empty() ? std::vector<std::string>() : std::vector<std::string>{view.meta.owner_uid};
 }
 
+// What happens anyway while a group comes up waits for what somebody waits for: pods of other pipelines, and losses.
+template <typename View>
+bool Routine(const std::shared_ptr<const View>& old, const std::shared_ptr<const View>& now) {
+  if (now == nullptr || now->meta.deleting) return false;
+  if constexpr (std::is_same_v<View, PodView>) {
+    if (now->pod.phase == plan::PodPhase::kEnded || (old != nullptr && old->pod.ready && !now->pod.ready)) return false;
+  }
+  return true;
+}
+
 // `refusal`: the server's no; `error`: a failure that another try may not meet. The first of each is kept. False: neither succeeded.
 bool Judge(const Answer& answer, const std::string& what, std::string* refusal, Status* error) {
   if (answer.ok()) return true;
@@ -80,8 +90,8 @@ Reconciler::Reconciler(kube::Transport& transport, kube::Client& client, kube::E
       jobs_{{Watching(resources::kJobs, options_.namespace_name, true), DecodeJob}, {}},
       secrets_{{Watching(resources::kSecrets, options_.namespace_name, true), DecodeSecret}, {}},
       nodes_({.resource = resources::kNodes}, DecodeNode) {
-  const auto enqueue = [this](const ObjectKey& key, bool initial) {
-    controller_.queue().Add(key, initial ? kube::Priority::kLow : kube::Priority::kNormal);
+  const auto enqueue = [this](const ObjectKey& key, bool can_wait) {
+    controller_.queue().Add(key, can_wait ? kube::Priority::kLow : kube::Priority::kNormal);
   };
   pipelines_.informer.AddHandler({.on_change = [enqueue](const auto& old, const auto& now, bool initial) { enqueue((now ? now : old)->meta.key, initial); }});
   const auto watch_children = [&](auto& children) {
@@ -89,7 +99,7 @@ Reconciler::Reconciler(kube::Transport& transport, kube::Client& client, kube::E
     children.informer.AddHandler({.on_change = [enqueue](const auto& old, const auto& now, bool initial) {
       const kube::ObjectMeta& meta = (now ? now : old)->meta;  // by the label, because somebody may have taken the owner away
       if (const auto label = meta.labels.find(std::string(contract::kLabelPipeline)); label != meta.labels.end())
-        enqueue({meta.key.namespace_name, label->second}, initial);
+        enqueue({meta.key.namespace_name, label->second}, initial || Routine(old, now));
     }});
   };
   watch_children(pods_);
