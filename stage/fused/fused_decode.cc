@@ -69,18 +69,24 @@ void FusedStage::AllocateDecode() {
 // Everything that the one-kernel step keeps: where each layer's weights are, and the words its blocks exchange.
 void FusedStage::PlanDecodeLayers() {
   const bool moe = std::all_of(layers_.begin(), layers_.end(), [](const Layer& layer) { return layer.router.defined(); });
-  if (!moe || layers_.front().qkv.fp8() || !shape_.moe || !std::has_single_bit(static_cast<uint64_t>(block_tokens_)) || layers_.empty() || layers_.size() > static_cast<size_t>(kernels::kDecodeLayersMax)) return;
+  if (!moe || !shape_.moe || !std::has_single_bit(static_cast<uint64_t>(block_tokens_)) || layers_.empty() || layers_.size() > static_cast<size_t>(kernels::kDecodeLayersMax)) return;
   one_kernel_tokens_ = kernels::DecodeLayersTokens(DecodeShape(shape_));
   if (one_kernel_tokens_ == 0) return;
   std::vector<kernels::DecodeLayerWeights> pointers;
+  std::vector<kernels::DecodeLayerFp8> fp8;
   for (const Layer& l : layers_) {
     pointers.push_back({Bf16(l.input_norm), Bf16(l.qkv.values), Bf16(l.q_norm), Bf16(l.k_norm), Bf16(l.o.values), Bf16(l.post_norm), Bf16(l.router), Bf16(l.gate_up.values), Bf16(l.down.values),
                         Bf16(l.k_cache), Bf16(l.v_cache)});
+    if (!l.qkv.fp8()) continue;
+    const auto scales = [](const Matrix& matrix) { return matrix.scales.const_data_ptr<float>(); };
+    fp8.push_back({pointers.back(), scales(l.qkv), scales(l.o), scales(l.gate_up), scales(l.down)});
   }
   const auto bytes = at::TensorOptions().dtype(at::kByte).device(at::kCUDA);
-  const size_t size = pointers.size() * sizeof(pointers[0]);
+  const bool kept = !fp8.empty();  // all layers or none (UnfitFp8)
+  const size_t size = kept ? fp8.size() * sizeof(fp8[0]) : pointers.size() * sizeof(pointers[0]);
+  const void* table = kept ? static_cast<const void*>(fp8.data()) : pointers.data();
   layer_pointers_ = at::empty({static_cast<int64_t>(size)}, bytes);
-  Must(cudaMemcpy(layer_pointers_.data_ptr(), pointers.data(), size, cudaMemcpyHostToDevice), "layer pointers");
+  Must(cudaMemcpy(layer_pointers_.data_ptr(), table, size, cudaMemcpyHostToDevice), "layer pointers");
   layers_workspace_ = at::zeros({static_cast<int64_t>(kernels::DecodeLayersWorkspace(DecodeShape(shape_)))}, bytes);
 }
 
@@ -246,7 +252,7 @@ void FusedStage::EnqueueDecode(int64_t tokens, int64_t table_stride) {
                          .block_tokens = static_cast<int>(block_tokens_),
                          .table_stride = static_cast<int>(table_stride),
                          .normalise = shape_.moe->norm_topk_prob},
-                        stream_));
+                        stream_, {.fp8 = layers_.front().qkv.fp8()}));
   } else {
     for (const Layer& layer : layers_) EnqueueLayer(layer, tokens, table_stride);
   }

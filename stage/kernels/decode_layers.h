@@ -14,7 +14,7 @@
 //   rows: (tokens, hidden) bf16, or with `ids` a table of rows, one taken a token       out: (tokens, hidden) bf16
 // Rounding is that of decode_linear.h, attention_decode.h and moe_decode.h; sums run in one fixed order,
 // which depends on the number of tokens in one place, how a context is split.
-// bytes moved: the weights of each layer once (of touched experts only), 4 * 128 * kv * context a token and layer.
+// bytes moved: the weights of each layer once (of touched experts only; FP8: half of them), 4 * 128 * kv * context a token and layer.
 // Enqueues two kernels, allocates nothing, never synchronises, may be captured. The second is a cooperative launch: it runs
 // when 128 blocks fit at once, so none waits for one that has not started. A word that does not come for about ten seconds
 // traps. One stream at a time may use a workspace.
@@ -34,6 +34,10 @@ struct DecodeLayerWeights {
   const __nv_bfloat16 *input_norm, *qkv, *q_norm, *k_norm, *o, *post_norm, *router, *gate_up, *down;
   __nv_bfloat16 *k_cache, *v_cache;
 };
+// Block FP8 (common/fp8.h): qkv, o, gate_up and down are codes, and these are their scales. Has not run on a GPU yet.
+struct DecodeLayerFp8 : DecodeLayerWeights {
+  const float *qkv_scales, *o_scales, *gate_up_scales, *down_scales;
+};
 struct DecodeLayersArgs {
   DecodeLayersShape shape;
   const DecodeLayerWeights* layers = nullptr;  // on the device, (layer_count)
@@ -49,11 +53,17 @@ struct DecodeLayersArgs {
   int tokens = 0, block_tokens = 0, table_stride = 0;
   bool normalise = true;
 };
+struct DecodeLayersKind {
+  bool fp8 = false;  // DecodeLayersArgs::layers is an array of DecodeLayerFp8
+  // The version that is meant to come next, for tests and measurements: two warps share a tile of attention, a lane asks for a whole
+  // piece of weights, words that have come are not polled again. Has run on a GPU in parts only.
+  bool next = false;
+};
 constexpr int kDecodeLayersMax = 120;
 
 // Tokens a step may have on the current device; 0 when shape or device do not fit.
 int DecodeLayersTokens(const DecodeLayersShape& shape);
 size_t DecodeLayersWorkspace(const DecodeLayersShape& shape);
-cudaError_t DecodeLayers(const DecodeLayersArgs& args, cudaStream_t stream);
+cudaError_t DecodeLayers(const DecodeLayersArgs& args, cudaStream_t stream, const DecodeLayersKind& kind = {});
 
 }  // namespace qwen::kernels

@@ -8,6 +8,7 @@
 
 #include <numeric>
 
+#include "tests/kernels/fp8_weights.h"
 #include "tests/kernels/harness.h"
 
 namespace qwen::kernels::testing {
@@ -25,7 +26,19 @@ struct HostLayer {
 };
 struct DeviceLayer {
   DeviceBuffer<__nv_bfloat16> input_norm, qkv, q_norm, k_norm, o, post_norm, router, gate_up, down, k, v;
-  DecodeLayerWeights pointers() {
+  Fp8Weights qkv8, o8, gate_up8, down8;  // in FP8: what the kernel reads; their bf16 values are then above, for the oracle
+  DecodeLayerFp8 fp8() const {
+    const auto codes = [](const Fp8Weights& w) { return reinterpret_cast<const __nv_bfloat16*>(w.codes.get()); };
+    DecodeLayerFp8 all;
+    static_cast<DecodeLayerWeights&>(all) = {input_norm.get(), codes(qkv8),     q_norm.get(), k_norm.get(), codes(o8), post_norm.get(),
+                                             router.get(),     codes(gate_up8), codes(down8), k.get(),      v.get()};
+    all.qkv_scales = qkv8.scales.get();
+    all.o_scales = o8.scales.get();
+    all.gate_up_scales = gate_up8.scales.get();
+    all.down_scales = down8.scales.get();
+    return all;
+  }
+  DecodeLayerWeights pointers() const {
     return {input_norm.get(), qkv.get(), q_norm.get(), k_norm.get(), o.get(), post_norm.get(), router.get(), gate_up.get(), down.get(), k.get(), v.get()};
   }
 };
@@ -36,6 +49,19 @@ DeviceBuffer<__nv_bfloat16> Noise(size_t count, float scale) {
   FillNoise(b.get(), count, scale, ++seed, nullptr);
   return b;
 }
+
+// A table of layers as DecodeLayersKind says.
+DeviceBuffer<uint8_t> LayerTable(const std::vector<DeviceLayer>& layers, bool fp8) {
+  std::vector<uint8_t> bytes;
+  for (const DeviceLayer& l : layers) {
+    const DecodeLayerFp8 all = l.qkv8.codes.get() != nullptr ? l.fp8() : DecodeLayerFp8{};
+    const DecodeLayerWeights plain = l.pointers();
+    const auto* from = fp8 ? reinterpret_cast<const uint8_t*>(&all) : reinterpret_cast<const uint8_t*>(&plain);
+    bytes.insert(bytes.end(), from, from + (fp8 ? sizeof(all) : sizeof(plain)));
+  }
+  return DeviceBuffer(bytes);
+}
+std::string Name(const DecodeLayersKind& kind) { return std::string(kind.fp8 ? ".fp8" : "") + (kind.next ? ".next" : ""); }
 
 void ZeroRows(DeviceBuffer<__nv_bfloat16>& matrix, size_t first, size_t rows, size_t columns) {
   CUDA_MUST(cudaMemset(matrix.get() + first * columns, 0, rows * columns * sizeof(__nv_bfloat16)));
@@ -113,7 +139,7 @@ void LayerOracle(const Size& m, HostLayer& layer, const __nv_bfloat16* cos_sin, 
   for (int i = 0; i < m.hidden; ++i) x[i] = RoundToBf16(x[i] + RoundToBf16(added[i]));
 }
 
-void CheckShape(const Size& m, const std::vector<std::vector<int>>& context_sets) {
+void CheckShape(const Size& m, const std::vector<std::vector<int>>& context_sets, const DecodeLayersKind& kind = {}) {
   const DecodeLayersShape shape{m.hidden, m.heads, m.kv_heads, m.inter, kExperts, kTopK};
   ASSERT_GT(DecodeLayersTokens(shape), 0) << "this GPU does not fit";
   const float in = 1.0f / std::sqrt(float(m.hidden)), mid = 1.0f / std::sqrt(float(m.inter)), wide = 1.0f / std::sqrt(float(m.width()));
@@ -125,6 +151,19 @@ void CheckShape(const Size& m, const std::vector<std::vector<int>>& context_sets
          Noise(m.hidden, 1.0f), Noise(size_t(kExperts) * m.hidden, 0.0005f), Noise(size_t(kExperts) * 2 * m.inter * m.hidden, in),
          Noise(size_t(kExperts) * m.hidden * m.inter, mid), Noise(size_t(blocks) * kBlockTokens * m.kv_heads * kDim, 1.0f),
          Noise(size_t(blocks) * kBlockTokens * m.kv_heads * kDim, 1.0f)};
+    if (kind.fp8) {
+      const auto seed = static_cast<uint32_t>(&l - device.data()) * 4;
+      l.qkv8 = RandomFp8(m.qkv(), m.hidden, in, seed + 1);
+      l.o8 = RandomFp8(m.hidden, m.width(), wide, seed + 2);
+      l.gate_up8 = RandomFp8(size_t(kExperts) * 2 * m.inter, m.hidden, in, seed + 3);
+      l.down8 = RandomFp8(size_t(kExperts) * m.hidden, m.inter, mid, seed + 4);
+      l.qkv = std::move(l.qkv8.bf16);
+      l.o = std::move(l.o8.bf16);
+      l.gate_up = std::move(l.gate_up8.bf16);
+      l.down = std::move(l.down8.bf16);
+      CUDA_OK(cudaMemset(l.o8.codes.get(), 0, size_t(kExperts) * m.width()));
+      for (int e = 0; e < kExperts; ++e) CUDA_OK(cudaMemset(l.down8.codes.get() + size_t(e) * m.hidden * m.inter, 0, size_t(kExperts) * m.inter));
+    }
     ZeroRows(l.o, 0, kExperts, m.width());
     for (int e = 0; e < kExperts; ++e) ZeroRows(l.down, size_t(e) * m.hidden, kExperts, m.inter);
     auto router = l.router.Download(), norm = l.post_norm.Download();
@@ -144,7 +183,7 @@ void CheckShape(const Size& m, const std::vector<std::vector<int>>& context_sets
   CUDA_OK(cudaMemset(workspace.get(), 0, workspace.count()));
   for (const std::vector<int>& contexts : context_sets) {
     const int tokens = static_cast<int>(contexts.size());
-    SCOPED_TRACE(::testing::Message() << "hidden " << m.hidden << " tokens " << tokens);
+    SCOPED_TRACE(::testing::Message() << "hidden " << m.hidden << " tokens " << tokens << Name(kind));
     auto rows = RandomBf16(size_t(tokens + 3) * m.hidden, 1.0, 17 + tokens);
     std::vector<int32_t> ids(tokens), table(size_t(tokens) * stride), order(blocks), context(contexts.begin(), contexts.end());
     std::iota(order.begin(), order.end(), 0);
@@ -171,23 +210,21 @@ void CheckShape(const Size& m, const std::vector<std::vector<int>>& context_sets
       for (HostLayer& l : host) LayerOracle(m, l, &cos_sin[size_t(t) * kDim], &table[size_t(t) * stride], contexts[t], x);
       want.insert(want.end(), x.begin(), x.end());
     }
-    std::vector<DecodeLayerWeights> pointers;
     for (size_t l = 0; l < device.size(); ++l) {
       device[l].k = DeviceBuffer(fresh[l].k);
       device[l].v = DeviceBuffer(fresh[l].v);
-      pointers.push_back(device[l].pointers());
     }
-    DeviceBuffer layers(pointers);
+    const DeviceBuffer<uint8_t> layers = LayerTable(device, kind.fp8);
     DeviceBuffer drows(rows), dcs(cos_sin);
     DeviceBuffer dids(ids), dtable(table), dcontext(context);
     DeviceBuffer<__nv_bfloat16> out(size_t(tokens) * m.hidden);
-    const DecodeLayersArgs args{.shape = shape, .layers = layers.get(), .layer_count = kLayers, .rows = drows.get(), .ids = dids.get(), .out = out.get(),
+    const DecodeLayersArgs args{.shape = shape, .layers = reinterpret_cast<const DecodeLayerWeights*>(layers.get()), .layer_count = kLayers, .rows = drows.get(), .ids = dids.get(), .out = out.get(),
                                 .cos_sin = dcs.get(), .block_table = dtable.get(), .context = dcontext.get(), .workspace = workspace.get(), .tokens = tokens,
                                 .block_tokens = kBlockTokens, .table_stride = stride};
     std::vector<__nv_bfloat16> first;
     for (int repeat = 0; repeat < 20; ++repeat) {
       out.Poison();
-      CUDA_OK(DecodeLayers(args, nullptr));
+      CUDA_OK(DecodeLayers(args, nullptr, kind));
       CUDA_OK(cudaDeviceSynchronize());
       const auto got = out.Download();
       if (repeat == 0) {
@@ -226,6 +263,19 @@ TEST(DecodeLayers, EqualTheOracleAt30B) {
 }
 TEST(DecodeLayers, EqualTheOracleAt235B) { CheckShape({4096, 64, 4, 1536}, {{0}, {353}, {40}}); }
 
+TEST(DecodeLayersNext, EqualTheOracle) {
+  CheckShape({2048, 32, 4, 768}, {{0}, {37}, {352}, {15, 16}, {200, 1, 65}, {3, 300, 16, 377}}, {.next = true});
+  CheckShape({4096, 64, 4, 1536}, {{0}, {353}, {40}}, {.next = true});
+}
+TEST(Fp8DecodeLayers, EqualTheOracle) {
+  CheckShape({2048, 32, 4, 768}, {{37}, {352}, {15, 16}, {3, 300, 16, 377}}, {.fp8 = true});
+  CheckShape({4096, 64, 4, 1536}, {{353}, {40}}, {.fp8 = true});
+}
+TEST(Fp8DecodeLayersNext, EqualTheOracle) {
+  CheckShape({2048, 32, 4, 768}, {{37}, {352}, {200, 1, 65}, {3, 300, 16, 377}}, {.fp8 = true, .next = true});
+  CheckShape({4096, 64, 4, 1536}, {{353}, {40}}, {.fp8 = true, .next = true});
+}
+
 TEST(DecodeLayers, RefuseWhatTheyAreNotMadeFor) {
   EXPECT_EQ(0, DecodeLayersTokens({2048, 32, 4, 512, 128, 8}));
   EXPECT_EQ(0, DecodeLayersTokens({2048, 32, 4, 768, 256, 8}));
@@ -237,21 +287,26 @@ TEST(DecodeLayers, RefuseWhatTheyAreNotMadeFor) {
 }
 
 // A step of `count` layers, each with weights of its own. Routing is uniform because the router is noise.
-void TimeSteps(const char* name, const Size& m, int count, const std::vector<int>& batches, int context) {
+void TimeSteps(const char* name, const Size& m, int count, const std::vector<int>& batches, int context, bool fp8) {
   const int experts = 128, stride = (context + kBlockTokens) / kBlockTokens, most = *std::max_element(batches.begin(), batches.end());
   const DecodeLayersShape shape{m.hidden, m.heads, m.kv_heads, m.inter, experts, kTopK};
   ASSERT_GE(DecodeLayersTokens(shape), most);
   const float in = 1.0f / std::sqrt(float(m.hidden)), mid = 1.0f / std::sqrt(float(m.inter)), wide = 1.0f / std::sqrt(float(m.width()));
   std::vector<DeviceLayer> layers(count);
-  std::vector<DecodeLayerWeights> pointers;
   const size_t cache = size_t(most) * stride * kBlockTokens * m.kv_heads * kDim;
   for (DeviceLayer& l : layers) {
-    l = {Noise(m.hidden, 1.0f), Noise(size_t(m.qkv()) * m.hidden, in), Noise(kDim, 1.0f), Noise(kDim, 1.0f), Noise(size_t(m.hidden) * m.width(), wide),
-         Noise(m.hidden, 1.0f), Noise(size_t(experts) * m.hidden, in), Noise(size_t(experts) * 2 * m.inter * m.hidden, in),
-         Noise(size_t(experts) * m.hidden * m.inter, mid), Noise(cache, 1.0f), Noise(cache, 1.0f)};
-    pointers.push_back(l.pointers());
+    const size_t bf16 = fp8 ? 0 : 1;
+    l = {Noise(m.hidden, 1.0f), Noise(bf16 * m.qkv() * m.hidden, in), Noise(kDim, 1.0f), Noise(kDim, 1.0f), Noise(bf16 * m.hidden * m.width(), wide),
+         Noise(m.hidden, 1.0f), Noise(size_t(experts) * m.hidden, in), Noise(bf16 * experts * 2 * m.inter * m.hidden, in),
+         Noise(bf16 * experts * m.hidden * m.inter, mid), Noise(cache, 1.0f), Noise(cache, 1.0f)};
+    if (!fp8) continue;
+    const auto seed = static_cast<uint64_t>(&l - layers.data()) * 4;
+    l.qkv8 = NoiseFp8(m.qkv(), m.hidden, in, seed + 1);
+    l.o8 = NoiseFp8(m.hidden, m.width(), wide, seed + 2);
+    l.gate_up8 = NoiseFp8(size_t(experts) * 2 * m.inter, m.hidden, in, seed + 3);
+    l.down8 = NoiseFp8(size_t(experts) * m.hidden, m.inter, mid, seed + 4);
   }
-  DeviceBuffer table_of(pointers);
+  const DeviceBuffer<uint8_t> table_of = LayerTable(layers, fp8);
   DeviceBuffer<uint8_t> workspace(DecodeLayersWorkspace(shape));
   CUDA_OK(cudaMemset(workspace.get(), 0, workspace.count()));
   const auto rows = Noise(size_t(most) * m.hidden, 1.0f), cs = Noise(size_t(most) * kDim, 0.7f);
@@ -260,20 +315,26 @@ void TimeSteps(const char* name, const Size& m, int count, const std::vector<int
   std::iota(blocks.begin(), blocks.end(), 0);
   DeviceBuffer table(blocks), dc(contexts);
   for (int tokens : batches) {
-    const DecodeLayersArgs args{.shape = shape, .layers = table_of.get(), .layer_count = count, .rows = rows.get(), .out = out.get(), .cos_sin = cs.get(),
+    const DecodeLayersArgs args{.shape = shape, .layers = reinterpret_cast<const DecodeLayerWeights*>(table_of.get()), .layer_count = count, .rows = rows.get(), .out = out.get(), .cos_sin = cs.get(),
                                 .block_table = table.get(), .context = dc.get(), .workspace = workspace.get(), .tokens = tokens, .block_tokens = kBlockTokens,
                                 .table_stride = stride};
-    const double seconds = TimeGraph([&](int, cudaStream_t s) { CUDA_MUST(DecodeLayers(args, s)); }, 1, 15);
     const double distinct = experts * (1 - std::pow(1 - double(kTopK) / experts, tokens));
-    const double bytes = count * (2.0 * m.hidden * kDim * (2 * m.heads + 2 * m.kv_heads) + 6.0 * m.hidden * m.inter * distinct + 2.0 * m.hidden * experts +
+    const double value = fp8 ? 1.0 : 2.0;
+    const double bytes = count * (value * m.hidden * kDim * (2 * m.heads + 2 * m.kv_heads) + value * 3.0 * m.hidden * m.inter * distinct + 2.0 * m.hidden * experts +
                                   4.0 * tokens * context * m.kv_heads * kDim);
-    PrintRow(std::string("decode_layers.") + name + ".tokens" + std::to_string(tokens), seconds, bytes);
+    for (const bool next : {false, true}) {
+      const DecodeLayersKind kind{.fp8 = fp8, .next = next};
+      const double seconds = TimeGraph([&](int, cudaStream_t s) { CUDA_MUST(DecodeLayers(args, s, kind)); }, 1, 15);
+      PrintRow(std::string("decode_layers.") + name + ".tokens" + std::to_string(tokens) + Name(kind), seconds, bytes);
+    }
   }
 }
 
 TEST(DecodeLayers, Speed) {
-  TimeSteps("30b.layers48", {2048, 32, 4, 768}, 48, {1, 2, 4}, 2048);
-  TimeSteps("235b.layers24", {4096, 64, 4, 1536}, 24, {1}, 2048);
+  for (const bool fp8 : {false, true}) {
+    TimeSteps("30b.layers48", {2048, 32, 4, 768}, 48, {1, 2, 4}, 2048, fp8);
+    TimeSteps("235b.layers24", {4096, 64, 4, 1536}, 24, {1}, 2048, fp8);
+  }
 }
 
 }  // namespace

@@ -44,7 +44,36 @@ __device__ __forceinline__ void Await2(uint32_t flag, uint2 (&payload)[kCount], 
     if (tries > kAwaitTries) __trap();
   }
 }
-// The same for single words.
+// The same, but what has come is not asked for again: blocks that wait should not keep the L2 cache from those that work.
+template <int kCount, typename Address>
+__device__ __forceinline__ void AwaitRest2(uint32_t flag, uint2 (&payload)[kCount], Address address) {
+  bool here[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    here[i] = address(i) == nullptr;
+    payload[i] = make_uint2(0, 0);
+  }
+  for (int tries = 0;; ++tries) {
+    Word first[kCount], second[kCount];
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      first[i] = second[i] = 0;
+      if (!here[i]) asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(first[i]), "=l"(second[i]) : "l"(address(i)) : "memory");
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (!here[i]) {
+        here[i] = static_cast<uint32_t>(first[i] >> 32) == flag && static_cast<uint32_t>(second[i] >> 32) == flag;
+        payload[i] = make_uint2(static_cast<uint32_t>(first[i]), static_cast<uint32_t>(second[i]));
+      }
+      all &= here[i];
+    }
+    if (__all_sync(0xffffffffu, all)) return;
+    if (tries > kAwaitTries) __trap();
+  }
+}
+// As Await2 for single words.
 template <int kCount, typename Address>
 __device__ __forceinline__ void Await1(uint32_t flag, uint32_t (&payload)[kCount], Address address) {
   for (int tries = 0;; ++tries) {

@@ -27,7 +27,7 @@ __device__ __forceinline__ void Route(const DecodeLayersArgs& args, Shared<P>& s
   if (P::kTokens > 1 && threadIdx.x < kExpertsMax) r.mask_of[threadIdx.x] = 0;
   if (warp < args.tokens) {
     uint2 got[2];
-    Await2(flag, got, [&](int i) -> const Word* {
+    Await<P>(flag, got, [&](int i) -> const Word* {
       const int first = i * 64 + lane * 2;
       return first < experts ? &ws.logits[blockIdx.x % kCopies][warp][first] : nullptr;
     });
@@ -129,31 +129,35 @@ __device__ __forceinline__ void Route(const DecodeLayersArgs& args, Shared<P>& s
 }
 
 template <class P>
-__device__ __forceinline__ void LoadGateUp(const DecodeLayerWeights& layer, Shared<P>& sm, RingAt& at) {
+__device__ __forceinline__ void LoadGateUp(const typename P::Layer& layer, Shared<P>& sm, RingAt& at) {
   const UnitShare<P> share(sm.routing.slots);
 #pragma unroll 1
   for (int unit = share.first; unit < share.last; ++unit) {
     const int expert = sm.routing.expert[unit / P::kExpertUnits];
-    const __nv_bfloat16* gate = layer.gate_up + (static_cast<size_t>(expert) * 2 * P::kInter + unit % P::kExpertUnits * kPieceRows) * P::kHidden;
+    const size_t row = static_cast<size_t>(expert) * 2 * P::kInter + unit % P::kExpertUnits * kPieceRows;
+    const typename P::Value* gate = Values<P>(layer.gate_up) + row * P::kHidden;
 #pragma unroll 1
     for (int p = 0; p < P::kHiddenPieces; ++p) {
-      LoadPiece<P, kPieceStride>(sm, at, gate + p * kPiece, P::kHidden);
-      LoadPiece<P, kPieceStride>(sm, at, gate + static_cast<size_t>(P::kInter) * P::kHidden + p * kPiece, P::kHidden);
+      LoadPiece<P, P::kPieceStride>(sm, at, gate + p * kPiece, P::kHidden, PieceScales<P>(layer, &DecodeLayerFp8::gate_up_scales, row, p * kPiece, P::kHidden));
+      LoadPiece<P, P::kPieceStride>(sm, at, gate + static_cast<size_t>(P::kInter) * P::kHidden + p * kPiece, P::kHidden,
+                                    PieceScales<P>(layer, &DecodeLayerFp8::gate_up_scales, row + P::kInter, p * kPiece, P::kHidden));
     }
   }
 }
 
 template <class P>
-__device__ __forceinline__ void LoadDown(const DecodeLayerWeights& layer, Shared<P>& sm, RingAt& at) {
+__device__ __forceinline__ void LoadDown(const typename P::Layer& layer, Shared<P>& sm, RingAt& at) {
   const int slots = sm.routing.slots;
   for (int slot = 0; slot < slots; ++slot) {
-    const __nv_bfloat16* rows = layer.down + (static_cast<size_t>(sm.routing.expert[slot]) * P::kHidden + blockIdx.x * P::kRows) * P::kInter;
+    const size_t row = static_cast<size_t>(sm.routing.expert[slot]) * P::kHidden + blockIdx.x * P::kRows;
+    const typename P::Value* rows = Values<P>(layer.down) + row * P::kInter;
 #pragma unroll 1
     for (int q = 0; q < P::kRows / 16; ++q) {
 #pragma unroll 1
       for (int p = 0; p < P::kDownPieces; ++p) {
-        LoadPiece<P, kDownStride>(sm, at, rows + static_cast<size_t>(q * 16) * P::kInter + p * kDownPiece, P::kInter);
-        LoadPiece<P, kDownStride>(sm, at, rows + static_cast<size_t>(q * 16 + 8) * P::kInter + p * kDownPiece, P::kInter);
+        const float* piece_scales = PieceScales<P>(layer, &DecodeLayerFp8::down_scales, row + q * 16, p * kDownPiece, P::kInter);  // 16 rows lie in one block
+        LoadPiece<P, P::kDownStride>(sm, at, rows + static_cast<size_t>(q * 16) * P::kInter + p * kDownPiece, P::kInter, piece_scales);
+        LoadPiece<P, P::kDownStride>(sm, at, rows + static_cast<size_t>(q * 16 + 8) * P::kInter + p * kDownPiece, P::kInter, piece_scales);
       }
     }
   }
@@ -169,7 +173,7 @@ __device__ __forceinline__ void GateUp(Shared<P>& sm, Workspace<P>& ws, RingAt& 
     for (int i = 0; i < count; ++i) {
       float acc[2][4] = {};
 #pragma unroll 1
-      for (int p = 0; p < P::kHiddenPieces; p += kTogether) MultiplyPieces<P, kPieceStride, kTogether>(sm, at, x + p * kWarpPiece, acc);
+      for (int p = 0; p < P::kHiddenPieces; p += kTogether) MultiplyPieces<P, P::kPieceStride, kTogether>(sm, at, x + p * kWarpPiece, acc);
       StoreSums<P::kTokens, 16>(&sm.gate_up[i][0][0][0], 0, acc, true);
     }
     ConsumerSync();
@@ -219,7 +223,7 @@ __device__ __forceinline__ void Down(const DecodeLayersArgs& args, Shared<P>& sm
       for (int first = 0; first < combined; first += 2 * kLoads) {
         uint2 got[kLoads];
         const auto index = [&](int i) { return first + 2 * i + lane / 16; };
-        Await2(flag, got, [&](int i) -> const Word* {
+        Await<P>(flag, got, [&](int i) -> const Word* {
           if (index(i) >= combined) return nullptr;
           return &ws.active[blockIdx.x % kCopies][Assignment<P>(r, begin + index(i) / P::kDownPieces)][index(i) % P::kDownPieces * (kDownPiece / 2) + warp * (kWarpPiece / 2) + lane % 16 * 2];
         });
@@ -238,10 +242,10 @@ __device__ __forceinline__ void Down(const DecodeLayersArgs& args, Shared<P>& sm
         if (warp < kDownWarps) {
           // Column g: token g, or any other when it did not choose this expert.
           const int column = P::kTokens > 1 && (mask >> g & 1) ? __popc(mask & ((1 << g) - 1)) : 0;
-          const __nv_bfloat16* x = &sm.down.x[warp][row + column][t * 8];
+          const __nv_bfloat16* x = &sm.down.x[warp][row + column][t * P::kLaneColumns];
           float acc[2][4] = {};
 #pragma unroll 1
-          for (int p = 0; p < P::kDownPieces; ++p) MultiplyPieces<P, kDownStride, 1>(sm, at, x + p * kWarpPiece, acc);
+          for (int p = 0; p < P::kDownPieces; ++p) MultiplyPieces<P, P::kDownStride, 1>(sm, at, x + p * kWarpPiece, acc, true, p * kDownPiece / kFp8Block % 4);
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             const int token = 2 * t + j;

@@ -1,8 +1,11 @@
 // stage/kernels/decode_layers/plan.cuh — who does what, and where everything lies: one shape and token limit of DecodeLayers.
 #pragma once
+#include <type_traits>
+
 #include "stage/kernels/common/async.cuh"
 #include "stage/kernels/common/exchange.cuh"
 #include "stage/kernels/common/limits.h"
+#include "stage/kernels/common/weight.cuh"
 #include "stage/kernels/decode_layers.h"
 
 namespace qwen::kernels::decode {
@@ -14,8 +17,8 @@ constexpr int kPieceRows = 8;  // a piece of weights: 8 rows of kPiece values, o
 constexpr int kPiece = 1024, kDownPiece = 768;
 constexpr int kWarpPiece = 64;                         // values of a piece's row that one warp multiplies
 constexpr int kDownWarps = kDownPiece / kWarpPiece;    // 12: the other four wait
-constexpr int kPieceStride = kPiece * 2 + 64, kDownStride = kDownPiece * 2 + 64;  // bytes; 64 mod 128, so that 8 rows x 4 lanes of 16 bytes meet no bank twice
-constexpr int kSlotBytes = kPieceRows * kPieceStride;
+constexpr int kRowPad = 64;        // bytes after a row of a piece, so that 8 rows x 4 lanes of 16 bytes meet no bank twice
+constexpr int kPieceScales = 8;    // floats in FP8, in the pad of a piece's first row: of 1,024 columns, or around 768 from a multiple of 4
 constexpr int kPad = 32;            // bf16 after a row of activations, for the same reason
 constexpr int kTopKMax = 8, kExpertsMax = 128;
 constexpr int kTileTokens = 16;     // of keys and values: one step of attention
@@ -26,8 +29,15 @@ constexpr int kTogether = 2;        // pairs of pieces that are multiplied at on
 constexpr int kUnitBatch = 12;      // units of gate-up whose sums wait in shared memory
 constexpr int kTokensMax = 4;
 
-template <int kHidden_, int kHeads_, int kKvHeads_, int kInter_, int kTokens_>
+template <int kHidden_, int kHeads_, int kKvHeads_, int kInter_, int kTokens_, typename Value_ = __nv_bfloat16, bool kNext_ = false>
 struct Plan {
+  using Value = Value_;  // of the four matrices that are most of the bytes
+  static constexpr bool kFp8 = sizeof(Value) == 1, kNext = kNext_;
+  using Layer = std::conditional_t<kFp8, DecodeLayerFp8, DecodeLayerWeights>;
+  static constexpr int kPieceStride = kPiece * sizeof(Value) + kRowPad, kDownStride = kDownPiece * sizeof(Value) + kRowPad;  // bytes; 64 mod 128
+  static constexpr int kSlotBytes = kPieceRows * kPieceStride;
+  static constexpr int kLaneColumns = 16 / sizeof(Value);  // neighbours that a lane multiplies
+  static constexpr int kPair = kNext ? 2 : 1;              // warps that share a tile of keys and values
   static constexpr int kHidden = kHidden_, kHeads = kHeads_, kKvHeads = kKvHeads_, kInter = kInter_, kTokens = kTokens_;
   static constexpr int kGroup = kHeads / kKvHeads, kWidth = kHeads * kHeadDim, kQkv = (kHeads + 2 * kKvHeads) * kHeadDim;
   static constexpr int kQkvRows = kQkv / kGrid, kQkvUnits = kQkvRows / kPieceRows;  // of one block
@@ -36,7 +46,7 @@ struct Plan {
   static constexpr int kHiddenSlice = kHidden / kWarps, kWidthSlice = kWidth / kWarps, kDownSlice = kDownPieces * kWarpPiece;
   static constexpr int kHiddenStride = kHiddenSlice + kPad, kWidthStride = kWidthSlice + kPad, kDownXStride = kDownSlice + kPad;
   static constexpr int kExpertUnits = kInter / kPieceRows;  // of one expert: 8 gate rows and their 8 up rows
-  static constexpr int kSlots = kTokens == 1 ? 9 : 7, kTiles = kTokens == 1 ? 6 : 8;
+  static constexpr int kSlots = kFp8 ? (kTokens == 1 ? 17 : 13) : kTokens == 1 ? 9 : 7, kTiles = kTokens == 1 ? 6 : 8;
   static constexpr int kAssignments = kTokens * kTopKMax;
   static constexpr int kDownBatch = kTokens == 1 ? kTopKMax : 16 / kDownPieces;  // assignments whose activations wait in shared memory
   static_assert(kQkvRows % kPieceRows == 0 && kRows % 16 == 0 && kRows <= 32 && kHidden % kPiece == 0 && kWidth % kPiece == 0 && kInter % kDownPiece == 0);
@@ -69,10 +79,10 @@ struct AttentionShare {
 
 template <class P>
 struct Shared {
-  alignas(128) unsigned char slots[P::kSlots][kSlotBytes];
+  alignas(128) unsigned char slots[P::kSlots][P::kSlotBytes];
   union {
-    __nv_bfloat16 tiles[P::kTiles][2][kTileTokens * kHeadStride];  // K tile, V tile of a warp
-    float heads[P::kTiles][P::kGroup][kHeadSums];                  // attention, by warp
+    __nv_bfloat16 tiles[P::kTiles][2][kTileTokens * kHeadStride];  // K tile, V tile of a warp, or of a pair
+    float heads[P::kTiles][P::kGroup][kHeadSums];                  // attention, by tile
     struct {
       __nv_bfloat16 x[kWarps * P::kTokens * P::kWidthStride];
       float sums[kWarps * P::kTokens * P::kRows];
@@ -87,14 +97,14 @@ struct Shared {
   float qkv[kWarps * P::kTokens * P::kQkvRows];
   __nv_bfloat16 q[16 * kHeadStride];
   __nv_bfloat16 new_k[kHeadDim], new_v[kHeadDim];
-  float warp_max[P::kTiles][16], warp_sum[P::kTiles][16];
+  float tile_max[P::kTiles][16], tile_sum[P::kTiles][16];
   float product[P::kAssignments][P::kRows];
   float router[kWarps][P::kTokens];
   float squares[kWarps][P::kTokens];
   float probability[P::kTokens][kExpertsMax];
   Routing routing;
   AttentionShare share;
-  DecodeLayerWeights layers[2];  // this one and the next
+  typename P::Layer layers[2];  // this one and the next
   uint64_t full[P::kSlots], empty[P::kSlots], routed;
 };
 
@@ -127,33 +137,76 @@ struct RingAt {
   }
 };
 
-// The loading warp: 8 rows of `bytes` bytes, rows `row_values` apart.
+// Pairs of words, by the way of this plan.
+template <class P, int kCount, typename Address>
+__device__ __forceinline__ void Await(uint32_t flag, uint2 (&payload)[kCount], Address address) {
+  if constexpr (P::kNext) {
+    AwaitRest2(flag, payload, address);
+  } else {
+    Await2(flag, payload, address);
+  }
+}
+
+template <class P>
+__device__ __forceinline__ const typename P::Layer* Layers(const DecodeLayersArgs& args) {
+  return static_cast<const typename P::Layer*>(args.layers);  // in FP8 an array of the derived type
+}
+template <class P>
+__device__ __forceinline__ const typename P::Value* Values(const __nv_bfloat16* matrix) {
+  return reinterpret_cast<const typename P::Value*>(matrix);
+}
+// Where the scales of a piece begin that starts at (row, column) of a matrix of `columns` columns: at a multiple of 4 blocks. Null in bf16.
+template <class P>
+__device__ __forceinline__ const float* PieceScales([[maybe_unused]] const typename P::Layer& layer, [[maybe_unused]] const float* DecodeLayerFp8::*scales, size_t row,
+                                                    int column, int columns) {
+  if constexpr (P::kFp8) {
+    return layer.*scales + row / kFp8Block * Fp8ScaleStride(columns) + (column / kFp8Block & ~3);
+  } else {
+    return nullptr;
+  }
+}
+
+// The loading warp: 8 rows of `bytes` bytes, rows `row_values` apart, and in FP8 their scales.
 template <class P, int kStride>
-__device__ __forceinline__ void LoadPiece(Shared<P>& sm, RingAt& at, const __nv_bfloat16* from, int row_values) {
-  constexpr uint32_t kBytes = kStride - 64;
+__device__ __forceinline__ void LoadPiece(Shared<P>& sm, RingAt& at, const typename P::Value* from, int row_values, const float* scales) {
+  constexpr uint32_t kBytes = kStride - kRowPad, kScaleBytes = P::kFp8 ? kPieceScales * sizeof(float) : 0;
   const int lane = threadIdx.x & 31;
   BarrierWait(&sm.empty[at.slot], at.parity ^ 1);
-  if (lane == 0) BarrierArriveExpect(&sm.full[at.slot], kPieceRows * kBytes);
-  __syncwarp();
-  if (lane < kPieceRows) {
-    BulkCopy(sm.slots[at.slot] + lane * kStride, from + static_cast<size_t>(lane) * row_values, kBytes, &sm.full[at.slot]);
+  if constexpr (P::kNext) {
+    if (lane == 0) {  // one lane: the instruction takes uniform registers, so several lanes would take turns in a loop
+      BarrierArriveExpect(&sm.full[at.slot], kPieceRows * kBytes + kScaleBytes);
+#pragma unroll
+      for (int r = 0; r < kPieceRows; ++r) BulkCopy(sm.slots[at.slot] + r * kStride, from + static_cast<size_t>(r) * row_values, kBytes, &sm.full[at.slot]);
+      if constexpr (P::kFp8) BulkCopy(sm.slots[at.slot] + kBytes, scales, kScaleBytes, &sm.full[at.slot]);
+    }
+  } else {
+    if (lane == 0) BarrierArriveExpect(&sm.full[at.slot], kPieceRows * kBytes + kScaleBytes);
+    __syncwarp();
+    if (lane < kPieceRows) {
+      BulkCopy(sm.slots[at.slot] + lane * kStride, from + static_cast<size_t>(lane) * row_values, kBytes, &sm.full[at.slot]);
+    }
+    if constexpr (P::kFp8) {
+      if (lane == kPieceRows) BulkCopy(sm.slots[at.slot] + kBytes, scales, kScaleBytes, &sm.full[at.slot]);
+    }
   }
   at.Next<P::kSlots>();
 }
 
 // acc (16 rows x 8 tokens) += kCount pieces, or pairs of pieces, times this warp's values: rows 0-7 come from one piece, 8-15
 // from the next one (two) or are nothing. `x`: this lane's token column, at the first piece's values of this warp, plus
-// 8 * (lane % 4). Everything is asked for before the first product; two accumulators, because a product waits for the one before.
+// kLaneColumns * (lane % 4). `scale`: in FP8, where the piece's first block lies among its scales. Everything is asked for before the
+// first product; two accumulators, because a product waits for the one before.
 template <class P, int kStride, int kCount>
-__device__ __forceinline__ void MultiplyPieces(Shared<P>& sm, RingAt& at, const __nv_bfloat16* x, float (&acc)[2][4], bool two = true) {
-  constexpr int kEach = 2;
+__device__ __forceinline__ void MultiplyPieces(Shared<P>& sm, RingAt& at, const __nv_bfloat16* x, float (&acc)[2][4], bool two = true, int scale = 0) {
+  constexpr int kEach = 2, kVectors = P::kFp8 ? 1 : 2;  // 16 bytes of a lane's row
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const int offset = (lane >> 2) * kStride + warp * kWarpPiece * 2 + (lane & 3) * 16;
-  uint4 b[kCount][2], a[kCount][kEach][2];
+  const int offset = (lane >> 2) * kStride + warp * kWarpPiece * static_cast<int>(sizeof(typename P::Value)) + (lane & 3) * 16;
+  uint4 b[kCount][2], a[kCount][kEach][kVectors];
+  [[maybe_unused]] float scales[kCount][kEach];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     b[i][0] = *reinterpret_cast<const uint4*>(x + i * kWarpPiece);
-    b[i][1] = *reinterpret_cast<const uint4*>(x + i * kWarpPiece + 32);
+    b[i][1] = *reinterpret_cast<const uint4*>(x + i * kWarpPiece + (P::kFp8 ? 8 : 32));
   }
   int used[kCount][2];
 #pragma unroll
@@ -161,22 +214,37 @@ __device__ __forceinline__ void MultiplyPieces(Shared<P>& sm, RingAt& at, const 
 #pragma unroll
     for (int j = 0; j < kEach; ++j) {
       if (j == 1 && !two) {
-        a[i][j][0] = a[i][j][1] = make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) a[i][j][v] = make_uint4(0, 0, 0, 0);
+        if constexpr (P::kFp8) scales[i][j] = 0.0f;
         used[i][j] = 0;
         continue;
       }
       BarrierWait(&sm.full[at.slot], at.parity);
       used[i][j] = at.slot;
       const unsigned char* rows = sm.slots[at.slot] + offset;
-      a[i][j][0] = *reinterpret_cast<const uint4*>(rows);
-      a[i][j][1] = *reinterpret_cast<const uint4*>(rows + 64);
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) a[i][j][v] = *reinterpret_cast<const uint4*>(rows + v * 64);
+      if constexpr (P::kFp8) scales[i][j] = *(reinterpret_cast<const float*>(sm.slots[at.slot] + kStride - kRowPad) + scale + warp * kWarpPiece / kFp8Block);
       at.Next<P::kSlots>();
     }
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
+    if constexpr (P::kFp8) {
+      const uint32_t* low = reinterpret_cast<const uint32_t*>(&b[i][0]);
+      const uint32_t* high = reinterpret_cast<const uint32_t*>(&b[i][1]);
+      const uint32_t* words = reinterpret_cast<const uint32_t*>(&a[i][0][0]);
+      const uint32_t* words8 = reinterpret_cast<const uint32_t*>(&a[i][1][0]);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) MmaK32(acc[half], a[i][0][half], a[i][1][half], b[i][half]);
+      for (int k = 0; k < 4; ++k) {
+        const Bf16Pairs g = MultiplyOut(words[k], scales[i][0]), g8 = MultiplyOut(words8[k], scales[i][1]);
+        Mma16816(acc[k / 2], g.low, g8.low, g.high, g8.high, low[k], high[k]);
+      }
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) MmaK32(acc[half], a[i][0][half], a[i][1][half], b[i][half]);
+    }
   }
   __syncwarp();
   if (lane == 0) {
