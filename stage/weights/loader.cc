@@ -78,7 +78,7 @@ Result<TensorMap> LoadTensors(Checkpoint& checkpoint, const contract::ModelShape
   c10::InferenceMode inference;
   ASSIGN_OR_RETURN(const StageTensors found, checkpoint.ResolveStage(shape, options.spec));
   RETURN_IF_ERROR(found.report.ToStatus());
-  if (!options.keep_fp8 && (options.method == LoadMethod::kOverlapped || (options.method == LoadMethod::kAuto && options.device.is_cpu()))) {
+  if (options.method == LoadMethod::kOverlapped || (options.method == LoadMethod::kAuto && options.device.is_cpu())) {
     return StreamTensors(checkpoint, shape, found, options);
   }
   try {

@@ -30,8 +30,8 @@ struct LoadOptions {
   int32_t threads = 4;
   LoadProgress progress;  // may be empty
   LoadMethod method = LoadMethod::kAuto;
-  // FP8 weights stay as stored, with their scales in float32 under "<slot>_scale_inv"; loaded by kPlain whatever `method` says.
-  // For a backend that computes with them: the reference does not. Of RandomTensors: noise in FP8 when the shape has quantization.
+  // FP8 weights stay as stored, with their scales in float32 under "<slot>_scale_inv": for a backend that computes with them, which the
+  // reference does not. Of RandomTensors: noise in FP8 when the shape has quantization.
   bool keep_fp8 = false;
 };
 // kDataLoss with tensor, expected and found shape when the checkpoint does not fit the shape; kResourceExhausted when the

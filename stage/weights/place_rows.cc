@@ -126,6 +126,12 @@ void Place(const PlaceTarget& t, int64_t first_row, std::span<const std::byte> b
 template <typename From>
 void PlaceFrom(const PlaceTarget& target, int64_t first_row, std::span<const std::byte> bytes) {
   if (target.dtype == StoredDtype::kFloat32) return Place<From, Float32>(target, first_row, bytes);
+  if constexpr (std::is_same_v<From, E4M3>) {
+    if (target.dtype == StoredDtype::kFloat8E4M3) {
+      QP_CHECK(target.scales == nullptr);
+      return Place<E4M3, E4M3>(target, first_row, bytes);
+    }
+  }
   QP_CHECK(target.dtype == StoredDtype::kBFloat16);
   Place<From, BFloat16>(target, first_row, bytes);
 }

@@ -13,7 +13,7 @@ namespace qwen::weights {
 
 struct PlaceTarget {
   std::byte* data = nullptr;                    // (matrices, rows, columns), or (matrices, columns, rows) when transposed; contiguous
-  StoredDtype dtype = StoredDtype::kBFloat16;   // kBFloat16 or kFloat32
+  StoredDtype dtype = StoredDtype::kBFloat16;   // kBFloat16, kFloat32, or kFloat8E4M3 (from the same, without scales)
   int64_t rows = 0, columns = 0;                // of a matrix as it is stored
   bool transposed = false;
   // Block scales, or null: (matrices, ceil(R / block_rows), ceil(C / block_columns)) over the matrix (R, C) as the stage holds it.

@@ -5,7 +5,6 @@
 #include <c10/core/InferenceMode.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <chrono>
@@ -25,14 +24,6 @@ at::ScalarType ScalarTypeOf(StoredDtype dtype) {
     default: QP_CHECK(false) << StoredDtypeName(dtype);  // ResolveStage lets no other through
   }
   return at::kFloat;
-}
-
-// Memory that is about to be filled: with huge pages it is 512 times fewer page faults, and fewer TLB misses ever after.
-void AdviseHugePages(const at::Tensor& tensor) {
-  constexpr uintptr_t kHuge = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  const uintptr_t from = (begin + kHuge - 1) / kHuge * kHuge, to = (begin + tensor.nbytes()) / kHuge * kHuge;
-  if (from < to) (void)::madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // advice: refused is as before
 }
 
 // Where an entry's bytes go.
@@ -63,19 +54,18 @@ class Streaming final : public ReadSink {
       const Entry& entry = found_.entries[i];
       if (!entry.alias_of.empty()) continue;
       Placement& p = placements_[i];
-      const at::ScalarType held = IsScale(entry) ? at::kFloat : options_.dtype;
+      const bool quantized = entry.dtype == StoredDtype::kFloat8E4M3;
+      const at::ScalarType held = IsScale(entry) ? at::kFloat : quantized && options_.keep_fp8 ? at::kFloat8_e4m3fn : options_.dtype;
       p.tensor = at::empty(entry.shape, at::TensorOptions().dtype(held).device(options_.device));
-      if (on_host_) AdviseHugePages(p.tensor);
       p.target.transposed = entry.transform == Transform::kTransposeLastTwo;
       p.straight = ScalarTypeOf(entry.dtype) == held && !p.target.transposed;
-      const bool quantized = entry.dtype == StoredDtype::kFloat8E4M3;
       p.target.columns = entry.stored_shape.back();
       p.target.rows = p.tensor.numel() / p.target.columns;
       if (p.target.transposed || quantized) {
         p.target.rows = entry.stored_shape[entry.stored_shape.size() - 2];
         p.matrices = p.tensor.numel() / (p.target.rows * p.target.columns);
       }
-      p.target.dtype = held == at::kFloat ? StoredDtype::kFloat32 : StoredDtype::kBFloat16;
+      p.target.dtype = held == at::kFloat ? StoredDtype::kFloat32 : held == at::kBFloat16 ? StoredDtype::kBFloat16 : StoredDtype::kFloat8E4M3;
       p.row_bytes = p.straight ? 1 : p.target.columns * StoredDtypeBytes(entry.dtype);
       if (on_host_) p.target.data = static_cast<std::byte*>(p.tensor.mutable_data_ptr());
       by_slot[entry.slot] = &p;
@@ -87,6 +77,7 @@ class Streaming final : public ReadSink {
       if (scale == by_slot.end() || !shape.quantization) {
         return DataLossError("tensor " + entry.slot + ": float8 without a scale or without quantization_config");
       }
+      if (options_.keep_fp8) continue;
       Placement& p = placements_[i];
       p.scale = scale->second;
       p.target.block_rows = shape.quantization->block_rows, p.target.block_columns = shape.quantization->block_columns;
@@ -165,7 +156,7 @@ class Streaming final : public ReadSink {
     Synchronize();
     TensorMap tensors;
     for (size_t i = 0; i < placements_.size(); ++i) {
-      if (placements_[i].tensor.defined() && !IsScale(found_.entries[i])) tensors[found_.entries[i].slot] = placements_[i].tensor;
+      if (placements_[i].tensor.defined() && (options_.keep_fp8 || !IsScale(found_.entries[i]))) tensors[found_.entries[i].slot] = placements_[i].tensor;
     }
     for (const Entry& entry : found_.entries) {
       if (!entry.alias_of.empty()) tensors[entry.slot] = tensors.at(entry.alias_of);
@@ -200,7 +191,9 @@ class Streaming final : public ReadSink {
         scale = scale.narrow(0, begin, end - begin).repeat_interleave(block_rows, 0).narrow(0, within - begin * block_rows, run);
         piece = piece.to(at::kFloat) * scale.repeat_interleave(block_columns, 1).narrow(1, 0, t.columns);
       }
-      matrices[matrix].narrow(t.transposed ? 1 : 0, within, run).copy_(t.transposed ? piece.t() : piece);
+      at::Tensor place = matrices[matrix].narrow(t.transposed ? 1 : 0, within, run);
+      if (place.scalar_type() == piece.scalar_type() && piece.element_size() == 1) place = place.view(at::kByte), piece = piece.view(at::kByte);  // bits
+      place.copy_(t.transposed ? piece.t() : piece);
       done += run;
     }
   }

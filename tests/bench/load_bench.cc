@@ -5,7 +5,7 @@
 //
 // Every round loads once each way, in turn, each in a process of its own, so that ways share a machine's mood and no memory.
 // --cold asks the kernel to drop the checkpoint's pages before each load. Prints one JSON line a load: seconds, GB/s of stored
-// bytes, and by how much the process's largest resident size exceeded the tensors.
+// bytes, CPU seconds, and by how much the process's largest resident size exceeded the tensors.
 #include <ATen/ATen.h>
 #include <fcntl.h>
 #include <sys/resource.h>
@@ -41,10 +41,16 @@ void DropPages(const std::string& dir) {
   }
 }
 
-int64_t LargestResident() {
+rusage Usage() {
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
-  return int64_t{usage.ru_maxrss} << 10;
+  return usage;
+}
+int64_t LargestResident() { return int64_t{Usage().ru_maxrss} << 10; }
+double CpuSeconds() {
+  const rusage usage = Usage();
+  const auto seconds = [](const timeval& time) { return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_usec) * 1e-6; };
+  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
 }
 
 int Load(const Flags& flags, const std::string& way) {
@@ -66,15 +72,17 @@ int Load(const Flags& flags, const std::string& way) {
   stream.read.io = flags.io == "auto" ? Options::Io::kAuto : flags.io == "uring" ? Options::Io::kUring : Options::Io::kThreads;
   options.method = way == "plain" ? weights::LoadMethod::kPlain : weights::LoadMethod::kOverlapped;
   const int64_t before = LargestResident();
+  const double cpu_before = CpuSeconds();
   const auto start = std::chrono::steady_clock::now();
   const auto tensors = way == "plain" ? weights::LoadTensors(*checkpoint, *shape, options)
                                       : weights::StreamTensors(*checkpoint, *shape, *found, options, stream);
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const double cpu = CpuSeconds() - cpu_before;
   QP_CHECK(tensors.ok()) << tensors.status().ToString();
   int64_t held = 0;
   for (const auto& [slot, tensor] : *tensors) held += static_cast<int64_t>(tensor.nbytes());
-  std::printf("{\"suite\": \"load\", \"way\": \"%s\", \"cold\": %s, \"seconds\": %.3f, \"gb_s\": %.2f, \"bytes\": %lld, \"beyond_tensors_mib\": %lld}\n",
-              way.c_str(), flags.cold ? "true" : "false", seconds, static_cast<double>(found->report.bytes) / seconds / 1e9,
+  std::printf("{\"suite\": \"load\", \"way\": \"%s\", \"cold\": %s, \"seconds\": %.3f, \"gb_s\": %.2f, \"cpu_seconds\": %.2f, \"bytes\": %lld, \"beyond_tensors_mib\": %lld}\n",
+              way.c_str(), flags.cold ? "true" : "false", seconds, static_cast<double>(found->report.bytes) / seconds / 1e9, cpu,
               static_cast<long long>(found->report.bytes), static_cast<long long>((LargestResident() - before - held) >> 20));
   return 0;
 }
@@ -95,6 +103,7 @@ int Main(int argc, char** argv) {
   app.add_option("--io", flags.io)->check(CLI::IsMember({"auto", "threads", "uring"}));
   app.add_flag("--cold", flags.cold);
   CLI11_PARSE(app, argc, argv);
+  log::Init({.process = "load_bench", .level = "warning"});
   for (int round = 0; round < flags.rounds; ++round) {
     for (const std::string& way : flags.ways) {
       if (flags.cold) DropPages(flags.dir);

@@ -176,10 +176,6 @@ TEST_P(LoaderTest, ProgressRisesToTheWholeAndEndsTheLoadingWhenItSaysSo) {
   EXPECT_EQ(calls, 3);
 }
 
-INSTANTIATE_TEST_SUITE_P(Ways, LoaderTest, ::testing::Values(Way::kPlain, Way::kOverlapped, Way::kDeviceOperators), [](const auto& info) {
-  return std::string(info.param == Way::kPlain ? "Plain" : info.param == Way::kOverlapped ? "Overlapped" : "DeviceOperators");
-});
-
 TEST_P(LoaderTest, KeptFp8BlocksAndScalesArriveAsTheyLieInTheFile) {
   shape_.quantization = contract::QuantizationShape{.block_rows = 8, .block_columns = 16};
   std::map<std::string, at::Tensor> stored(weights_.begin(), weights_.end());
@@ -187,14 +183,21 @@ TEST_P(LoaderTest, KeptFp8BlocksAndScalesArriveAsTheyLieInTheFile) {
   const at::Tensor quantized = (stored[slot] * 64).to(at::kFloat8_e4m3fn), scale = (at::rand({4, 2}) + 0.5).to(at::kBFloat16);
   stored[slot] = quantized;
   stored[slot + "_scale_inv"] = scale;
+  const std::string experts = "layers.0.mlp.experts.down_proj";  // transposed in the file, and its scales
+  const at::Tensor fused = (stored.at(experts) * 64).to(at::kFloat8_e4m3fn);
+  const at::Tensor fused_scale = at::rand({fused.size(0), (fused.size(1) + 7) / 8, (fused.size(2) + 15) / 16}) + 0.5;
+  stored[experts] = fused.transpose(1, 2).contiguous();
+  stored[experts + "_scale_inv"] = fused_scale.transpose(1, 2).contiguous();
   Write(stored);
-  Checkpoint checkpoint = Checkpoint::Open(dir_.string()).value();
-  const LoadMethod method = GetParam() == Way::kPlain ? LoadMethod::kPlain : LoadMethod::kOverlapped;  // either is asked for, one does it
-  const TensorMap loaded =
-      LoadTensors(checkpoint, shape_, {.spec = {.layers = {0, 4}}, .dtype = at::kBFloat16, .method = method, .keep_fp8 = true}).value();
+  const Result<TensorMap> result = LoadBy(GetParam(), {.spec = {.layers = {0, 4}}, .dtype = at::kBFloat16, .keep_fp8 = true});
+  ASSERT_TRUE(result.ok()) << result.status().ToString();
+  const TensorMap& loaded = *result;
+  EXPECT_EQ(loaded.size(), weights_.size() + 2);
   EXPECT_EQ(loaded.at(slot).scalar_type(), at::kFloat8_e4m3fn);
   EXPECT_TRUE(loaded.at(slot).view(at::kByte).equal(quantized.view(at::kByte)));
   EXPECT_TRUE(loaded.at(slot + "_scale_inv").equal(scale.to(at::kFloat)));
+  EXPECT_TRUE(loaded.at(experts).view(at::kByte).equal(fused.view(at::kByte)));
+  EXPECT_TRUE(loaded.at(experts + "_scale_inv").equal(fused_scale));
   EXPECT_TRUE(loaded.at("norm.weight").equal(weights_.at("norm.weight").to(at::kBFloat16)));
 }
 
@@ -206,6 +209,10 @@ TEST_P(LoaderTest, AWrongShapeNamesTheTensor) {
   EXPECT_EQ(loaded.status().code(), StatusCode::kDataLoss);
   EXPECT_NE(loaded.status().message().find("layers.2.self_attn.q_norm.weight"), std::string::npos) << loaded.status().ToString();
 }
+
+INSTANTIATE_TEST_SUITE_P(Ways, LoaderTest, ::testing::Values(Way::kPlain, Way::kOverlapped, Way::kDeviceOperators), [](const auto& info) {
+  return std::string(info.param == Way::kPlain ? "Plain" : info.param == Way::kOverlapped ? "Overlapped" : "DeviceOperators");
+});
 
 }  // namespace
 }  // namespace qwen::weights
