@@ -26,7 +26,7 @@ using contract::ExitCode;
 struct Flags {
   std::string kubeconfig, context, namespace_name, lease_namespace, identity;
   std::string image_head, image_stage, image_export;
-  bool leader_election = true, watch_nodes = true;
+  bool leader_election = true, watch_nodes = true, load_progress = true;
   int32_t workers = 4;
   int32_t lease_seconds = 15;
   uint16_t metrics_port = 8080;
@@ -45,6 +45,7 @@ void AddFlags(CLI::App& app, Flags& f) {
   app.add_option("--lease-namespace", f.lease_namespace, "of the lease qwen-controller; default: the own one");
   app.add_option("--lease-seconds", f.lease_seconds, "after which another replica takes over from one that is silent")->check(CLI::Range(6, 300));
   app.add_option("--identity", f.identity, "of this replica in the lease; default: the pod's name and a random part")->envname(std::string(contract::kEnvPodName));
+  app.add_option("--load-progress", f.load_progress, "ask the heads of groups that are not ready how far their stages have loaded, for the status");
   app.add_option("--watch-nodes", f.watch_nodes, "false: no right to see nodes; pods of a dead one are replaced when Kubernetes evicts them");
   app.add_option("--workers", f.workers, "pipelines reconciled at once")->check(CLI::Range(1, 64));
   app.add_option("--metrics-port", f.metrics_port, "of /healthz, /readyz and /metrics; 0: any free one, which is logged");
@@ -67,6 +68,16 @@ std::string Identity(const Flags& flags) {
   }
   std::random_device device;
   return name + "_" + std::to_string(device());
+}
+
+// GET /ready of a head. A transport a question: heads come and go, and there is one question in three seconds.
+Result<std::string> AskHead(const std::string& address) {
+  static const SteadyClock clock;
+  kube::ClusterAccess access{.server = "http://" + address};
+  access.credentials = std::make_shared<kube::Credentials>(kube::StaticIdentity({}), clock);
+  ASSIGN_OR_RETURN(const auto transport, kube::MakeTransport(std::move(access), {.timeout_seconds = 2}));
+  ASSIGN_OR_RETURN(kube::HttpResponse response, kube::SendAndWait(*transport, {.path = std::string(contract::kReadyPath)}));
+  return std::move(response.body);
 }
 
 HttpListener::Routes Routes(reconcile::Reconciler& reconciler, const prometheus::Registry& registry) {
@@ -114,7 +125,7 @@ int Run(const Flags& flags, const sigset_t& signals) {
   kube::EventRecorder recorder({.controller = "qwenpipeline.dev/controller", .instance = identity}, client, clock, metrics);
   reconcile::Reconciler reconciler(**transport, client, recorder, clock, metrics,
                                    {.namespace_name = flags.namespace_name, .images = {.head = flags.image_head, .stage = flags.image_stage, .exporter = flags.image_export}, .workers = flags.workers,
-                                    .watch_nodes = flags.watch_nodes});
+                                    .ask_head = flags.load_progress ? AskHead : reconcile::LoadWatch::Ask(), .watch_nodes = flags.watch_nodes});
   auto listener = HttpListener::Start({.port = flags.metrics_port}, Routes(reconciler, registry));
   if (!listener.ok()) return Fail("--metrics-port", listener.status());
   log::Info("watching", {{"server", access->server}, {"namespace", flags.namespace_name}, {"metrics_port", (*listener)->port()}});

@@ -66,6 +66,15 @@ void AddFlags(CLI::App& app, Flags& f) {
   app.add_flag("--print-ports", f.print_ports, "print {\"http\":PORT,\"control\":PORT} on stdout when both listen");
 }
 
+std::vector<server::Api::StageProgress> Progress(const pipeline::PipelineStatus& status) {
+  std::vector<server::Api::StageProgress> stages;
+  for (const pipeline::StageStatus& stage : status.stages) {
+    const int64_t percent = stage.loaded ? 100 : stage.load_bytes_total > 0 ? 100 * stage.load_bytes_done / stage.load_bytes_total : 0;
+    stages.push_back({.stage = stage.stage, .connected = stage.connected, .loaded = stage.loaded, .load_percent = static_cast<int32_t>(percent)});
+  }
+  return stages;
+}
+
 int Fail(ExitCode code, const char* what, const Status& status) {
   log::Error(what, {{"error", status.ToString()}});
   return static_cast<int>(code);
@@ -123,7 +132,8 @@ int Run(const Flags& flags, const sigset_t& signals) {
   std::atomic<const server::HttpServer*> http_view{nullptr};
   api.set_probes({.connections = [&] { return http_view.load() ? http_view.load()->connections() : 0; },
                   .alive = [&] { return engine_thread.alive(); },
-                  .waiting_for = [&] { return (*executor)->status().waiting_for; }});
+                  .waiting_for = [&] { return (*executor)->status().waiting_for; },
+                  .stages = [&] { return Progress((*executor)->status()); }});
   auto http = server::HttpServer::Start(
       http_options, [&](const server::HttpRequest& request) { return api.Precheck(request); },
       [&](server::HttpRequest request, std::shared_ptr<server::ResponseWriter> writer) { api.Handle(std::move(request), std::move(writer)); },

@@ -76,6 +76,7 @@ PipelineStatus ParseStatus(std::string_view text) {
     if (const auto next = item.find("next"); next != item.end() && next->is_object())
       group.next = IncomingGroup{Get<int64_t>(*next, "epoch"), Get<std::string>(*next, "revision"), PhaseOf(*next), TimeOf(Get<std::string>(*next, "since"))};
     ForEachObject(item, "replaced", [&](const Json& one) { group.replaced.push_back({Get<int32_t>(one, "stage"), Get<int64_t>(one, "epoch")}); });
+    ForEachObject(item, "loading", [&](const Json& one) { group.loading.push_back({Get<int32_t>(one, "stage"), Get<int32_t>(one, "percent")}); });
     group.mending_epoch = Get<int64_t>(item, "mendingEpoch");
     group.unready_since_seconds = TimeOf(Get<std::string>(item, "unreadySince"));
     group.retiring_epoch = Get<int64_t>(item, "retiringEpoch");
@@ -105,6 +106,7 @@ std::string StatusToJson(const PipelineStatus& s) {
       item["next"] = {{"epoch", group.next->epoch}, {"revision", group.next->revision}, {"phase", GroupPhaseName(group.next->phase)},
                       {"since", TimeText(group.next->since_seconds)}};
     for (const Replacement& one : group.replaced) item["replaced"].push_back({{"stage", one.stage}, {"epoch", one.epoch}});
+    for (const StageLoad& one : group.loading) item["loading"].push_back({{"stage", one.stage}, {"percent", one.percent}});
     if (group.mending_epoch != 0) item["mendingEpoch"] = group.mending_epoch;
     if (group.retiring_epoch != 0) item["retiringEpoch"] = group.retiring_epoch;
     if (!group.refused_revision.empty()) item["refusedRevision"] = group.refused_revision;

@@ -38,6 +38,11 @@ struct Replacement {  // of a member that was lost while the others kept their w
   int64_t epoch = 0;   // above its group's
   bool operator==(const Replacement&) const = default;
 };
+struct StageLoad {  // of a stage whose weights are being loaded
+  int32_t stage = 0;
+  int32_t percent = 0;  // in tens
+  bool operator==(const StageLoad&) const = default;
+};
 struct GroupRecord {
   int32_t replica = 0;
   int64_t epoch = 0;     // at which it began, and of every member that is not in `replaced`
@@ -50,6 +55,7 @@ struct GroupRecord {
   int64_t unready_since_seconds = 0;  // since when one that served does not; by this controller's clock, not the nodes'
   std::vector<Replacement> replaced;  // ascending stages
   int64_t mending_epoch = 0;          // of the first replacement since all its pods were ready; 0: none since
+  std::vector<StageLoad> loading;     // ascending stages; for people: nothing is decided by it
   std::optional<IncomingGroup> next;
   int64_t retiring_epoch = 0;     // of the last group that this one took over from; its head drains before its stages go
   std::string refused_revision;   // given up beside a group that serves

@@ -67,6 +67,7 @@ class Planner {
 
   GroupPlan Plan() {
     Recall();
+    if (plan_.record) record().loading.clear();
     if (!plan_.record) {
       if (input_.wanted && input_.may_begin) Begin();
       return std::move(plan_);
@@ -500,6 +501,7 @@ class Planner {
     if (!complete) plan_.blocker = Blocker{1, "Creating", "group " + std::to_string(input_.replica) + " is being created"};
     for (const ObservedPod* pod : members_.current) {
       if (pod == nullptr || pod->ready) continue;
+      if (pod->phase == PodPhase::kRunning && pod->load_percent >= 0 && pod->load_percent < 100) record().loading.push_back({pod->stage, pod->load_percent});
       Blocker blocker = BlockerOf(*pod);
       if (!plan_.blocker || blocker.rank > plan_.blocker->rank) plan_.blocker = std::move(blocker);
     }
@@ -555,6 +557,8 @@ Blocker BlockerOf(const ObservedPod& pod) {
   if (pod.unschedulable) return {56, "Unschedulable", name + words};
   if (!pod.node_trouble.empty()) return {55, "NodeNotReady", name + ": " + pod.node_trouble};
   if (pod.deleting) return {20, "PodsNotReady", name + " is being deleted"};
+  if (pod.phase == PodPhase::kRunning && pod.load_percent >= 0 && pod.load_percent < 100)
+    return {12, "LoadingWeights", name + " has loaded " + std::to_string(pod.load_percent) + " % of its weights"};
   if (pod.phase == PodPhase::kRunning) return {11, "PodsNotReady", name + " runs and is not ready yet"};
   return {10, "PodsNotReady", name + " is being started"};
 }

@@ -34,6 +34,7 @@ struct ObservedPod {
   std::string waiting_reason;   // of its container, in the kubelet's words: "ImagePullBackOff"; empty: it does not wait
   std::string message;          // the scheduler's or the kubelet's, for people
   std::optional<int> exit_code;  // of its container's last end
+  int32_t load_percent = -1;     // of a stage's weights, in tens, as its head knows it; -1: not known
   std::string end_reason;        // "OOMKilled", "Evicted", "Error"; empty: it has not ended
   std::string node;              // that it is bound to; empty: none yet
   NodeState node_state = NodeState::kFine;  // kFine also when nodes are not watched, or when no node of the cluster is fine: then

@@ -89,7 +89,8 @@ Reconciler::Reconciler(kube::Transport& transport, kube::Client& client, kube::E
       claims_{{Watching(resources::kPersistentVolumeClaims, options_.namespace_name, true), DecodeClaim}, {}},
       jobs_{{Watching(resources::kJobs, options_.namespace_name, true), DecodeJob}, {}},
       secrets_{{Watching(resources::kSecrets, options_.namespace_name, true), DecodeSecret}, {}},
-      nodes_({.resource = resources::kNodes}, DecodeNode) {
+      nodes_({.resource = resources::kNodes}, DecodeNode),
+      loads_(options_.ask_head, [this](const ObjectKey& key) { controller_.queue().Add(key, kube::Priority::kLow); }) {
   const auto enqueue = [this](const ObjectKey& key, bool can_wait) {
     controller_.queue().Add(key, can_wait ? kube::Priority::kLow : kube::Priority::kNormal);
   };
@@ -161,9 +162,13 @@ bool Reconciler::synced() {
   return all;
 }
 
-void Reconciler::StartWorkers() { controller_.Start(); }
+void Reconciler::StartWorkers() {
+  controller_.Start();
+  if (options_.ask_head) loads_.Start();
+}
 
 void Reconciler::Stop() {
+  loads_.Stop();
   controller_.Stop();
   ForEachStore([](auto& store) { store.informer.Stop(); });
   nodes_.Stop();
@@ -197,6 +202,25 @@ void Reconciler::ReadNode(plan::ObservedPod& pod) {
   if (pod.node_state == plan::NodeState::kLost && fine_nodes_ == 0) pod.node_state = plan::NodeState::kFine;
 }
 
+// Of stages that run and are not ready; the head of the same group knows.
+void Reconciler::ReadLoads(const ObjectKey& key, const std::vector<std::shared_ptr<const PodView>>& views, std::vector<plan::ObservedPod>& pods) {
+  if (!options_.ask_head) return;
+  std::map<std::string, std::string> heads;
+  for (const auto& view : views) {
+    const plan::ObservedPod& head = view->pod;
+    if (head.stage >= 0 || head.phase != plan::PodPhase::kRunning || head.deleting || view->ip.empty()) continue;
+    bool waits = false;
+    const LoadPercents loads = loads_.Of(head.uid);
+    for (plan::ObservedPod& pod : pods) {
+      if (pod.stage < 0 || pod.replica != head.replica || pod.group_epoch != head.group_epoch || pod.ready || pod.phase != plan::PodPhase::kRunning) continue;
+      waits = true;
+      if (static_cast<size_t>(pod.stage) < loads.size()) pod.load_percent = loads[static_cast<size_t>(pod.stage)];
+    }
+    if (waits) heads[head.uid] = view->ip + ":" + std::to_string(contract::kApiPort);
+  }
+  loads_.Follow(key, std::move(heads));
+}
+
 plan::Observed Reconciler::Observe(const PipelineView& view, const ObjectKey& key) {
   plan::Observed observed{.generation = view.meta.generation, .previous = view.status, .deleting = view.meta.deleting};
   if (view.pipeline.ok()) {
@@ -206,10 +230,12 @@ plan::Observed Reconciler::Observe(const PipelineView& view, const ObjectKey& ke
     observed.spec_error = view.pipeline.status().message();
   }
   observed.has_finalizer = std::find(view.finalizers.begin(), view.finalizers.end(), contract::kDrainFinalizer) != view.finalizers.end();
-  for (const auto& pod : pods_.informer.store().ByIndex(kByOwner, view.meta.uid)) {
+  const auto pods = pods_.informer.store().ByIndex(kByOwner, view.meta.uid);
+  for (const auto& pod : pods) {
     observed.pods.push_back(pod->pod);
     ReadNode(observed.pods.back());
   }
+  ReadLoads(key, pods, observed.pods);
   const auto look = [&](Children<ChildView>& children, const char* kind) {
     for (const auto& child : children.informer.store().ByIndex(kByOwner, view.meta.uid))
       if (!child->meta.deleting) observed.children[std::string(kind) + "/" + child->meta.key.name] = child->fingerprint;
@@ -233,6 +259,7 @@ Result<kube::Requeue> Reconciler::Reconcile(const ObjectKey& key) {
   const auto view = pipelines_.informer.store().Get(key);
   if (view == nullptr) {  // the garbage collector takes what it owned
     ForEachStore([&](auto& store) { store.expectations.Forget(key); });
+    loads_.Follow(key, {});
     std::lock_guard<std::mutex> lock(mutex_);
     refusals_.erase(key);
     pod_groups_.erase(key);

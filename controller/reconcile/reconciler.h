@@ -20,6 +20,7 @@
 #include "controller/kube/expectations.h"
 #include "controller/kube/informer.h"
 #include "controller/plan/plan.h"
+#include "controller/reconcile/load_watch.h"
 #include "controller/reconcile/views.h"
 
 namespace qwen::reconcile {
@@ -31,6 +32,7 @@ class Reconciler {
     std::string namespace_name;  // empty: all namespaces
     plan::Images images;
     int32_t workers = 4;
+    LoadWatch::Ask ask_head;  // empty: the status says nothing of loading
     bool watch_nodes = true;  // false: a lost node is noticed when Kubernetes evicts its pods, after minutes
   };
   // Everything borrowed outlives the reconciler.
@@ -54,6 +56,7 @@ class Reconciler {
   Result<kube::Requeue> Reconcile(const kube::ObjectKey& key);
   void WatchNodes();
   void ReadNode(plan::ObservedPod& pod);
+  void ReadLoads(const kube::ObjectKey& key, const std::vector<std::shared_ptr<const PodView>>& views, std::vector<plan::ObservedPod>& pods);
   plan::Observed Observe(const PipelineView& view, const kube::ObjectKey& key);
   bool UpToDate(const kube::ObjectKey& key);
   Result<kube::Requeue> Act(const PipelineView& view, const kube::ObjectKey& key, const plan::Observed& observed, plan::Actions actions);
@@ -92,6 +95,7 @@ class Reconciler {
   Children<SecretView> secrets_;
   kube::Informer<NodeView> nodes_;
   std::atomic<int64_t> fine_nodes_{0};
+  LoadWatch loads_;
 };
 
 }  // namespace qwen::reconcile

@@ -87,6 +87,7 @@ PodView DecodePod(const Json& object) {
   if (revision != view.meta.labels.end()) pod.revision = revision->second;
   pod.deleting = view.meta.deleting;
   pod.node = StringAt(object, "/spec/nodeName");
+  view.ip = StringAt(object, "/status/podIP");
   pod.gone_by_seconds = Seconds(StringAt(object, "/metadata/deletionTimestamp"));
   const std::string phase = StringAt(object, "/status/phase");
   pod.phase = phase == "Running" ? plan::PodPhase::kRunning : phase == "Failed" || phase == "Succeeded" ? plan::PodPhase::kEnded : plan::PodPhase::kPending;

@@ -21,6 +21,7 @@ struct PipelineView {
 struct PodView {
   kube::ObjectMeta meta;
   plan::ObservedPod pod;
+  std::string ip;  // empty: none yet
 };
 struct ChildView {  // Service, NetworkPolicy, PodDisruptionBudget
   kube::ObjectMeta meta;

@@ -306,7 +306,10 @@ HttpResponse Api::Ready() const {
   const bool recovering = !stats.group_ready && stats.epoch > 0;
   if (!shared_->admission.draining() && recovering && deps_.clock.NowMicros() - stats.not_ready_since_micros < options_.recovery_hold.count())
     return JsonResponse({{"status", "recovering"}, {"reason", reason}});
-  HttpResponse response = JsonResponse({{"status", "not ready"}, {"reason", reason}});
+  Json body = {{"status", "not ready"}, {"reason", reason}};
+  for (const StageProgress& stage : probes_.stages ? probes_.stages() : std::vector<StageProgress>())
+    body["stages"].push_back({{"stage", stage.stage}, {"connected", stage.connected}, {"loaded", stage.loaded}, {"load_percent", stage.load_percent}});
+  HttpResponse response = JsonResponse(body);
   response.status = 503;
   response.headers.emplace_back("Retry-After", "5");
   return response;

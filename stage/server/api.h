@@ -44,10 +44,17 @@ class Api {
     const ApiKeys& keys;
   };
   // What only main's other rooms know; called from any thread. Unset: no connections, alive, no detail.
+  struct StageProgress {
+    int32_t stage = 0;
+    bool connected = false;
+    bool loaded = false;  // its weights
+    int32_t load_percent = 0;
+  };
   struct Probes {
     std::function<int()> connections;
     std::function<bool()> alive;              // false: /healthz is 500 and the process should be restarted
     std::function<std::string()> waiting_for;  // while not ready: "stage 2 (loading 41 %)"
+    std::function<std::vector<StageProgress>()> stages;
   };
   Api(const Options& options, const Dependencies& dependencies);
   ~Api();  // stops the workers

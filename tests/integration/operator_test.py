@@ -8,6 +8,7 @@ with the time it took, and fails if any fails.
 usage: operator_test.py QWEN_CONTROLLER [QWENCTL]
 With SLOWNESS=N in the environment it may take N times as long: for a controller that is built with a sanitizer, whose reports fail the test.
 """
+import http.server
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -96,6 +98,8 @@ class Suite:
         """Waits for met() up to PATIENCE_S; it must be true within limit_s."""
         start = time.monotonic()
         while not (good := met()) and time.monotonic() - start < PATIENCE_S:
+            if any(controller.process.poll() == reports.EXIT_CODE for controller in self.controllers):
+                sys.exit("\n".join(["a sanitizer ended the controller", *reports.read(self.folder)]))
             time.sleep(0.05)
         took = time.monotonic() - start
         self.check(f"{what} ({took:.2f} s)", good and took <= limit_s * SLOWNESS, f"limit {limit_s * SLOWNESS:g} s; {details()}")
@@ -250,6 +254,39 @@ class Suite:
         events = self.must("GET", "/apis/events.k8s.io/v1/namespaces/default/events")["items"]
         reasons = [e["reason"] for e in events if e.get("regarding", {}).get("name") == "digits"]
         self.check("events tell the story", reasons.count("PodLost") == 2 and reasons.count("GroupCreated") == 1, reasons)
+
+    def loading(self):
+        """A head says how far its stages are; the status repeats it. The head is this test, under an address of its own."""
+        answer = {"status": "not ready", "stages": [{"stage": 0, "connected": True, "loaded": True, "load_percent": 100},
+                                                    {"stage": 1, "connected": True, "loaded": False, "load_percent": 47}]}
+
+        class Head(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(503 if self.path == "/ready" else 404)
+                self.end_headers()
+                self.wfile.write(json.dumps(answer).encode())
+
+            def log_message(self, *_):
+                pass
+        server = http.server.ThreadingHTTPServer(("127.0.0.77", 8000), Head)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.make("slow", 2)
+        self.within("a pipeline to load serves", 20, lambda: self.ready("slow"), lambda: self.condition("slow"))
+        self.must("PATCH", "/api/v1/namespaces/default/pods/slow-0-head-1/status", {"status": {"podIP": "127.0.0.77", "podIPs": [{"ip": "127.0.0.77"}]}}, MERGE)
+        self.fake("slow-0-stage-1-1", "ready", "never")
+
+        def loads():
+            return self.pipeline("slow")["status"]["groups"][0].get("loading")
+        self.within("a stage that loads: how far it is stands in the status", 15, lambda: loads() == [{"stage": 1, "percent": 40}], loads)
+        self.within("and in the condition", 5, lambda: self.condition("slow")["reason"] == "LoadingWeights" and
+                    "pod slow-0-stage-1-1 has loaded 40 % of its weights" in self.condition("slow")["message"], lambda: self.condition("slow"))
+        answer["stages"][1] = {"stage": 1, "connected": True, "loaded": True, "load_percent": 100}
+        self.within("it has loaded: nothing of it is left", 15, lambda: not loads() and self.condition("slow")["reason"] == "PodsNotReady", loads)
+        self.fake("slow-0-stage-1-1", "ready", None)
+        self.within("it is ready: all serve", 15, lambda: self.ready("slow"), lambda: self.condition("slow"))
+        self.remove("slow")
+        server.shutdown()
+        server.server_close()
 
     def terminal(self, qwenctl):
         def run(*args):
@@ -457,6 +494,7 @@ class Suite:
         for qwenctl in sys.argv[2:]:
             self.terminal(qwenctl)
         self.repair()
+        self.loading()
         self.wrong_spec()
         self.surge()
         self.gang()

@@ -12,7 +12,8 @@ TEST(PipelineStatus, ReadsWhatItWrote) {
                                           .last_failure_seconds = 1767225600, .last_failure_message = "pod x ended"},
                                          {.replica = 1, .epoch = 6, .revision = "r", .phase = GroupPhase::kFormed, .served = true, .unready_since_seconds = 1767225603,
                                           .next = IncomingGroup{.epoch = 7, .revision = "s", .phase = GroupPhase::kFormed, .since_seconds = 1767225602}},
-                                         {.replica = 2, .epoch = 5, .revision = "r", .phase = GroupPhase::kLeaving, .retiring_epoch = 4, .refused_revision = "t"}},
+                                         {.replica = 2, .epoch = 5, .revision = "r", .phase = GroupPhase::kLeaving,
+                                          .replaced = {{.stage = -1, .epoch = 6}, {.stage = 2, .epoch = 7}}, .mending_epoch = 7, .loading = {{.stage = 2, .percent = 40}}, .retiring_epoch = 4, .refused_revision = "t"}},
                               .conditions = {{.type = "Ready", .value = true, .reason = "R", .message = "m", .observed_generation = 3, .last_transition_seconds = 1767225601}}};
   const std::string json = StatusToJson(status);
   EXPECT_EQ(ParseStatus(json), status) << json;

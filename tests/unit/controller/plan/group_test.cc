@@ -441,6 +441,22 @@ TEST(Status, NamesTheOnePodThatBlocks) {
   }
 }
 
+TEST(Status, TellsHowFarAStageHasLoaded) {
+  World world;
+  world.Settle();
+  for (ObservedPod& pod : world.observed.pods) pod.phase = PodPhase::kRunning, pod.load_percent = pod.stage == 1 ? 40 : pod.stage == 0 ? 100 : -1;
+  world.Settle();
+  EXPECT_EQ(world.ReadyReason(), "LoadingWeights");
+  EXPECT_EQ(world.ReadyMessage(), "pod q-0-stage-1-1 has loaded 40 % of its weights");
+  EXPECT_EQ(world.observed.previous.groups[0].loading, (std::vector<api::StageLoad>{{.stage = 1, .percent = 40}}));
+  world.Find("q-0-stage-1-1").load_percent = 100;
+  world.Settle();
+  EXPECT_TRUE(world.observed.previous.groups[0].loading.empty());
+  EXPECT_EQ(world.ReadyReason(), "PodsNotReady");
+  world.Serve();
+  EXPECT_TRUE(world.Is("Ready").value);
+}
+
 TEST(Status, TellsQuotaAndAWrongSpec) {
   World world;
   world.observed.write_error = "pod q-0-head-1: pods \"q-0-head-1\" is forbidden: exceeded quota: gpus";
