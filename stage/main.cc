@@ -65,6 +65,7 @@ void AddFlags(CLI::App& app, Flags& f) {
                                          "have not run on a GPU yet)")
       ->check(CLI::IsMember({"expand", "keep"}));
   app.add_option("--load", f.compute.load, "how weights are read: overlapped (requests of 8 MiB through a ring of buffers), plain (tensor by tensor); auto: the former on a CPU")
+      ->envname("QWEN_LOAD")
       ->check(CLI::IsMember({"auto", "plain", "overlapped"}));
   app.add_option("--random-weights", f.compute.random_seed, "seed: noise instead of the checkpoint's weights, for measuring; config and tokenizer are still read");
   app.add_option("--block-tokens", f.compute.block_tokens, "tokens of a KV block; the same on all stages")->check(CLI::Range(1, 256));
