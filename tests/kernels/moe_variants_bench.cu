@@ -1,7 +1,11 @@
 // Goal: which cut of the decode MoE kernels is fastest at which batch: the launch table of moe_decode.cu is read off these rows.
 // Includes the source itself, because only there the variants can be named.
 #include "stage/kernels/moe_decode.cu"
+
+#include <span>
+
 #include "stage/kernels/moe_stream.h"
+#include "tests/kernels/fp8_weights.h"
 #include "tests/kernels/harness.h"
 
 namespace qwen::kernels::testing {
@@ -61,6 +65,51 @@ TEST(MoeVariants, Speed) {
             CUDA_MUST(Launch(v.kernel, launch, s, shape, up ? x.get() : h.get(), w, routing, up ? h.get() : out.get()));
           }, 8);
           PrintRow(std::string(up ? "gate_up." : "down.") + model + ".tokens" + std::to_string(tokens) + "." + v.name, seconds, bytes);
+        }
+      }
+    }
+  }
+}
+
+// The same in block FP8; the numbers are kTiles, kUnroll, kRows, kBlocks.
+TEST(MoeVariants, SpeedFp8) {
+  struct Fp8Variant {
+    const char* name;
+    void (*kernel)(MoeShapeArgs, const __nv_bfloat16*, Fp8Matrix, MoeRouting, __nv_bfloat16*);
+    int rows;
+  };
+  const Fp8Variant gate_up[] = {{"1,4,1,2", MoeGateUpKernel<1, 4, 1, 2, Fp8>, 16}, {"1,2,1,3", MoeGateUpKernel<1, 2, 1, 3, Fp8>, 16}, {"1,2,2,2", MoeGateUpKernel<1, 2, 2, 2, Fp8>, 32},
+                                {"2,2,1,2", MoeGateUpKernel<2, 2, 1, 2, Fp8>, 16}, {"2,1,1,3", MoeGateUpKernel<2, 1, 1, 3, Fp8>, 16}, {"4,1,1,2", MoeGateUpKernel<4, 1, 1, 2, Fp8>, 16}};
+  const Fp8Variant down[] = {{"1,3,1,3", MoeDownKernel<1, 3, 1, 3, Fp8>, 32}, {"1,3,2,2", MoeDownKernel<1, 3, 2, 2, Fp8>, 64}, {"2,3,1,2", MoeDownKernel<2, 3, 1, 2, Fp8>, 32},
+                             {"2,1,1,3", MoeDownKernel<2, 1, 1, 3, Fp8>, 32}, {"2,1,2,3", MoeDownKernel<2, 1, 2, 3, Fp8>, 64}, {"4,1,1,2", MoeDownKernel<4, 1, 1, 2, Fp8>, 32}};
+  for (const auto& [model, hidden, inter] : {std::tuple{"30b", 2048, 768}, std::tuple{"235b", 4096, 1536}}) {
+    constexpr int layers = 4;
+    const size_t rows_up = size_t(128) * 2 * inter, rows_down = size_t(128) * hidden;
+    const Fp8Weights wg = NoiseFp8(rows_up * layers, hidden, 0.02f, 1), wd = NoiseFp8(rows_down * layers, inter, 0.02f, 2);
+    for (const int tokens : {1, 8, 16, 32, 64, 128, 256}) {
+      const MoeShapeArgs shape{tokens, hidden, inter, 128, 8};
+      DeviceBuffer<__nv_bfloat16> x(size_t(tokens) * hidden), logits(size_t(tokens) * 128), h(size_t(tokens) * 8 * inter), out(size_t(tokens) * 8 * hidden), weight(size_t(tokens) * 8);
+      FillNoise(x.get(), x.count(), 1.0f, 3, nullptr);
+      FillNoise(h.get(), h.count(), 1.0f, 4, nullptr);
+      FillNoise(logits.get(), logits.count(), 1.0f, 5, nullptr);
+      DeviceBuffer<int32_t> expert(size_t(tokens) * 8), order(size_t(tokens) * 8);
+      DeviceBuffer<int4> group(128);
+      const MoeRouting routing{expert.get(), weight.get(), group.get(), order.get()};
+      CUDA_OK(MoeRoute(shape, logits.get(), routing, true, nullptr));
+      CUDA_OK(cudaDeviceSynchronize());
+      int active = 0;
+      for (const int4& g : group.Download()) active += g.x >= 0;
+      for (const bool up : {true, false}) {
+        const size_t rows = up ? rows_up : rows_down, columns = up ? hidden : inter;
+        const Fp8Weights& w = up ? wg : wd;
+        for (const Fp8Variant& v : up ? std::span<const Fp8Variant>(gate_up) : std::span<const Fp8Variant>(down)) {
+          const LaunchShape launch = {.grid = dim3((up ? inter : hidden) / v.rows, ActiveMax(shape)), .block = dim3(kWarps * 32)};
+          const double seconds = TimeGraph([&](int call, cudaStream_t s) {
+            const size_t at = size_t(call % layers) * rows;
+            const Fp8Matrix matrix{w.codes.get() + at * columns, w.scales.get() + at / kFp8Block * Fp8ScaleStride(static_cast<int>(columns))};
+            CUDA_MUST(Launch(v.kernel, launch, s, shape, up ? x.get() : h.get(), matrix, routing, up ? h.get() : out.get()));
+          }, 8);
+          PrintRow(std::string(up ? "fp8.gate_up." : "fp8.down.") + model + ".tokens" + std::to_string(tokens) + "." + v.name, seconds, double(active) * (up ? 2.0 : 1.0) * hidden * inter);
         }
       }
     }

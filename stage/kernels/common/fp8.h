@@ -11,6 +11,7 @@
 #pragma once
 #include <cuda_bf16.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #ifdef __CUDACC__
@@ -36,6 +37,21 @@ struct Fp8Matrix {
 constexpr int Fp8ScaleStride(int columns) { return ((columns + kFp8Block - 1) / kFp8Block + 7) / 8 * 8; }
 // Where column k of 16 lies among 16 packed bytes.
 constexpr int Fp8PlaceOf(int k) { return k % 8 / 2 * 4 + k / 8 * 2 + k % 2; }
+
+// Index into the scales of a matrix of `columns` columns: of the block that holds (row, column).
+QP_HOST_DEVICE size_t Fp8ScaleAt(size_t row, int column, int columns) { return row / kFp8Block * ((columns + 1023) / 1024 * 8) + column / kFp8Block; }
+
+// Byte of a tile in shared memory, as the tensor memory accelerator lays rows of kRowBytes (128 or 64) in the swizzle of that width: 16
+// bytes of `row` that begin at 16 * piece. The tile begins at a multiple of 1,024.
+template <int kRowBytes>
+QP_HOST_DEVICE uint32_t SwizzledAt(int row, int piece) {
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  return static_cast<uint32_t>(row * kRowBytes + (piece ^ (kRowBytes == 128 ? row % 8 : row / 2 % 4)) * 16);
+}
+// What a lane asks ldmatrix for, so that a warp gets 16 rows of two neighbouring groups of 16 packed codes: its registers are then row g and
+// row g+8 of the first group, and of the second.
+QP_HOST_DEVICE int OperandRow(int lane) { return lane / 8 % 2 * 8 + lane % 8; }
+QP_HOST_DEVICE int OperandPiece(int lane) { return lane / 16; }
 
 struct Fp8Words {
   uint32_t word[4];

@@ -56,24 +56,15 @@ __device__ __forceinline__ void WgmmaRegisters(float (&d)[kN / 2], const uint32_
 #undef QP_ACC8
 // clang-format on
 
-// Four 8 x 16 pieces of packed codes out of a swizzled tile in shared memory: rows 0-7 and 8-15 of one group of 16 columns, then of the
-// next. `row` and `piece` are this lane's: row lane % 8 of piece lane / 8, so row = first + lane / 8 % 2 * 8 + lane % 8 and
-// piece = group + lane / 16. kRowBytes 128 or 64 is the width of the swizzle.
-template <int kRowBytes>
-__device__ __forceinline__ uint32_t SwizzledPiece(uint32_t tile, int row, int piece) {
-  static_assert(kRowBytes == 128 || kRowBytes == 64);
-  const int turn = kRowBytes == 128 ? row % 8 : row / 2 % 4;
-  return tile + static_cast<uint32_t>(row * kRowBytes + (piece ^ turn) * 16);
-}
-
-// This warp's 16 rows from `row` on (of the tile) and 64 columns (four groups from `group` on) as operands of four products.
+// This warp's 16 rows from `row` on (of a swizzled tile of packed codes, rows of kRowBytes) and 64 columns (four groups from `group` on) as
+// operands of four products.
 template <int kRowBytes>
 __device__ __forceinline__ void LoadOperands(uint32_t (&a)[4][4], const unsigned char* tile, int row, int group, float scale) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int two = 0; two < 2; ++two) {
     uint32_t words[4];
-    LoadMatrix4(words, SwizzledPiece<kRowBytes>(SharedAddress(tile), row + lane / 8 % 2 * 8 + lane % 8, group + 2 * two + lane / 16));
+    LoadMatrix4(words, SharedAddress(tile) + SwizzledAt<kRowBytes>(row + OperandRow(lane), group + 2 * two + OperandPiece(lane)));
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const Bf16Pairs g = MultiplyOut(words[2 * i], scale), g8 = MultiplyOut(words[2 * i + 1], scale);

@@ -160,7 +160,7 @@ template <class P>
 __device__ __forceinline__ const float* PieceScales([[maybe_unused]] const typename P::Layer& layer, [[maybe_unused]] const float* DecodeLayerFp8::*scales, size_t row,
                                                     int column, int columns) {
   if constexpr (P::kFp8) {
-    return layer.*scales + row / kFp8Block * Fp8ScaleStride(columns) + (column / kFp8Block & ~3);
+    return layer.*scales + (Fp8ScaleAt(row, column, columns) & ~size_t{3});  // a row of scales begins at a multiple of 8
   } else {
     return nullptr;
   }

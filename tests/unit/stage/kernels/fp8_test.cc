@@ -8,6 +8,8 @@
 #include <cmath>
 #include <numeric>
 #include <random>
+#include <set>
+#include <vector>
 
 namespace qwen::kernels {
 namespace {
@@ -103,6 +105,77 @@ TEST(Fp8, ARowOfScalesIsAWholeNumberOf32Bytes) {
   EXPECT_EQ(Fp8ScaleStride(1536), 16);
   EXPECT_EQ(Fp8ScaleStride(2048), 16);
   EXPECT_EQ(Fp8ScaleStride(4096), 32);
+}
+
+TEST(Fp8, AScaleIsFoundByItsBlock) {
+  for (const int columns : {128, 768, 1024, 1536, 2048, 4096, 8192}) {
+    size_t last = 0;
+    for (size_t row : {0, 127, 128, 5119, 393215}) {
+      for (int column = 0; column < columns; column += 64) {
+        const size_t at = Fp8ScaleAt(row, column, columns);
+        EXPECT_EQ(at, row / 128 * static_cast<size_t>(Fp8ScaleStride(columns)) + static_cast<size_t>(column / 128));
+        last = std::max(last, at);
+      }
+    }
+    EXPECT_LT(last, 393216u / 128 * static_cast<size_t>(Fp8ScaleStride(columns)));
+  }
+}
+
+// decode_layers brings 8 floats with a piece of 1,024 or 768 columns, from a multiple of 4 on; warp w multiplies columns 64w of the piece.
+TEST(Fp8, APiecesScalesAreAmongTheEightThatTravelWithIt) {
+  for (const auto& [columns, piece] : {std::pair{2048, 1024}, {4096, 1024}, {8192, 1024}, {768, 768}, {1536, 768}}) {
+    for (int first = 0; first < columns; first += piece) {
+      const size_t row = 640, from = Fp8ScaleAt(row, first, columns) & ~size_t{3};
+      EXPECT_LE(from + 8, (row / 128 + 1) * static_cast<size_t>(Fp8ScaleStride(columns))) << "past the row of scales";
+      for (int warp = 0; warp < piece / 64; ++warp) {
+        const int at = first / 128 % 4 + warp * 64 / 128;
+        EXPECT_LT(at, 8);
+        EXPECT_EQ(from + static_cast<size_t>(at), Fp8ScaleAt(row, first + warp * 64, columns)) << columns << " at " << first << " warp " << warp;
+      }
+    }
+  }
+}
+
+// A tile as the accelerator writes it (address bits 4-6 exchanged by bits 7-9, or 4-5 by 7-8), then read as ldmatrix does: lane l gives the
+// address of row l % 8 of matrix l / 8; thread 4g+t receives bytes 4t..4t+3 of row g of each matrix.
+template <int kRowBytes>
+void CheckOperands() {
+  constexpr int kRows = 64;
+  std::vector<uint8_t> tile(kRows * kRowBytes);
+  const auto code = [](int row, int column) { return static_cast<uint8_t>((row * 31 + column * 7) % 251); };
+  for (int row = 0; row < kRows; ++row) {
+    for (int place = 0; place < kRowBytes; ++place) {
+      uint32_t address = static_cast<uint32_t>(row * kRowBytes + place);
+      address ^= (address >> 3) & (kRowBytes == 128 ? 0x70u : 0x30u);
+      int column = 0;  // that lies at this place
+      while (place / 16 * 16 + Fp8PlaceOf(column % 16) != place || column / 16 != place / 16) ++column;
+      tile[address] = code(row, column);
+    }
+  }
+  for (int warp = 0; warp < 4; ++warp) {
+    for (int group = 0; group < kRowBytes / 16; group += 2) {
+      std::set<uint32_t> banks[4];
+      for (int thread = 0; thread < 32; ++thread) {
+        for (int matrix = 0; matrix < 4; ++matrix) {
+          const int g = thread / 4, t = thread % 4, lane = matrix * 8 + g;  // who gave that row's address
+          const uint32_t from = SwizzledAt<kRowBytes>(warp * 16 + OperandRow(lane), group + OperandPiece(lane));
+          EXPECT_EQ(from % 16, 0u);
+          banks[matrix].insert(from / 16 % 8);
+          const uint8_t* bytes = &tile[from + 4 * t];
+          const int row = warp * 16 + g + matrix % 2 * 8, column = (group + matrix / 2) * 16;
+          EXPECT_EQ(bytes[0], code(row, column + 2 * t));
+          EXPECT_EQ(bytes[1], code(row, column + 2 * t + 1));
+          EXPECT_EQ(bytes[2], code(row, column + 2 * t + 8));
+          EXPECT_EQ(bytes[3], code(row, column + 2 * t + 9));
+        }
+      }
+      for (const auto& used : banks) EXPECT_EQ(used.size(), 8u) << "rows of a matrix share banks";
+    }
+  }
+}
+TEST(Fp8, AnOperandOutOfATileHoldsTheColumnsThatWgmmaWants) {
+  CheckOperands<128>();
+  CheckOperands<64>();
 }
 
 }  // namespace
