@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 #include <openssl/sha.h>
 
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <numeric>
@@ -540,10 +541,12 @@ TEST_F(CheckpointTest, ReadAllDeliversEveryByteReportsProgressAndStopsAtAnError)
   EXPECT_EQ(placed, 1);
   EXPECT_EQ(progress.size(), 3u);
   EXPECT_EQ(progress.back(), big);
-  int64_t marks = 0, others = 0;
-  for (const std::byte b : memory) marks += b == std::byte{'!'}, others += b != std::byte{'!'} && b != std::byte{0};
-  EXPECT_EQ(marks, 4);
-  EXPECT_EQ(others, 0);
+  for (const int64_t at : {int64_t{0}, (int64_t{64} << 20) - 1, int64_t{64} << 20, big - 1}) {
+    EXPECT_EQ(memory[static_cast<size_t>(at)], std::byte{'!'}) << at;
+    memory[static_cast<size_t>(at)] = std::byte{0};
+  }
+  EXPECT_EQ(memory[0], std::byte{0});
+  EXPECT_EQ(std::memcmp(memory.data(), memory.data() + 1, memory.size() - 1), 0);  // so every byte is 0
 
   fs::resize_file(dir_ + "/model.safetensors", 8 + header.size() + big / 2);
   EXPECT_EQ(checkpoint->ReadAll(*stage, options).code(), StatusCode::kDataLoss);
