@@ -115,8 +115,8 @@ __device__ __forceinline__ void MultiplySteps(float (&acc)[kRows][kHalves][kTile
       for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-          for (int half = 0; half < kHalves; ++half) T::Multiply(acc[r][half][i], T::Prepare(a[u][r][2 * half], a[u][r][2 * half + 1], 1.0f), b[u][i]);
+          MmaK32(acc[r][0][i], a[u][r][0], a[u][r][1], b[u][i][0]);
+          if constexpr (kHalves == 2) MmaK32(acc[r][1][i], a[u][r][2], a[u][r][3], b[u][i][0]);
         }
       }
     } else {
