@@ -11,6 +11,7 @@
 #include <csignal>
 #include <cstring>
 
+#include "stage/base/check.h"
 #include "stage/contract/pod_contract.h"
 
 extern char** environ;
@@ -40,6 +41,20 @@ namespace {
 }  // namespace
 
 Status Children::Start(const ChildSpec& spec) {
+  ASSIGN_OR_RETURN(Child child, Launch(spec));
+  children_.push_back(std::move(child));
+  return OkStatus();
+}
+
+Status Children::StartAgain(size_t index, const std::map<std::string, std::string>& env) {
+  QP_CHECK(!running(index));
+  ChildSpec spec = children_[index].spec;
+  for (const auto& [name, value] : env) spec.env[name] = value;
+  ASSIGN_OR_RETURN(children_[index], Launch(spec));
+  return OkStatus();
+}
+
+Result<Children::Child> Children::Launch(const ChildSpec& spec) {
   std::vector<std::string> words{spec.program};
   words.insert(words.end(), spec.args.begin(), spec.args.end());
   std::vector<std::string> variables;
@@ -84,8 +99,7 @@ Status Children::Start(const ChildSpec& spec) {
     return ErrnoError(spec.program, exec_error);
   }
   ::fcntl(output[0], F_SETFL, O_NONBLOCK);
-  children_.push_back({.spec = spec, .pid = pid, .group = pid, .output = output[0]});
-  return OkStatus();
+  return Child{.spec = spec, .pid = pid, .group = pid, .output = output[0]};
 }
 
 Children::~Children() {

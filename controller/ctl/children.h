@@ -41,6 +41,8 @@ class Children {
 
   // kNotFound or kInternal when the program cannot be executed.
   Status Start(const ChildSpec& spec);
+  // The same child once more, in the same place, with `env` over its environment. REQUIRES: it has ended.
+  Status StartAgain(size_t child, const std::map<std::string, std::string>& env);
   size_t size() const { return children_.size(); }
   const std::string& name(size_t child) const { return children_[child].spec.name; }
   bool running(size_t child) const { return children_[child].pid > 0; }
@@ -61,6 +63,7 @@ class Children {
     int output = -1;      // read end of stdout and stderr
     std::string partial;  // a line that has not ended yet
   };
+  static Result<Child> Launch(const ChildSpec& spec);
   void Drain(size_t index, std::vector<ChildEvent>& events);
   std::vector<Child> children_;
 };

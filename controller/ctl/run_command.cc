@@ -225,6 +225,7 @@ Result<int> RunOrStatus(const RunFlags& flags) {
   options.metrics_ports = placement.metrics_ports;
   options.ready_timeout = std::chrono::seconds(flags.ready_timeout_seconds);
   options.drain_timeout = std::chrono::seconds(pipeline.spec.server.drain_timeout_seconds);
+  options.restart = pipeline.spec.restart;
   options.colour = ::isatty(::fileno(options.log)) == 1;
   if (!flags.ask.empty()) {
     Question question{.api = options.api, .text = flags.ask, .image = flags.image, .api_key = FirstKey(placement.api_keys_file), .model = pipeline.spec.model.id,

@@ -107,8 +107,36 @@ void Runner::Handle(const ChildEvent& event) {
   std::string why = name + " " + DescribeExit(event.wait_status);
   if (clean) why += " although it was not asked to";
   if (!last_error_line_[event.child].empty()) why += ": " + last_error_line_[event.child];
+  if (MayComeBack(event, why)) return;
   const int code = WIFEXITED(event.wait_status) && !clean ? WEXITSTATUS(event.wait_status) : static_cast<int>(contract::ExitCode::kInternal);
   Stop(InternalError(why), code);
+}
+
+bool Runner::MayComeBack(const ChildEvent& end, const std::string& why) {
+  if (phase_ != Phase::kServing || end.child == 0) return false;
+  if (WIFEXITED(end.wait_status) && plan::IsHopeless(WEXITSTATUS(end.wait_status))) return false;
+  const auto now = Clock::now();
+  if (now - last_failure_ > std::chrono::seconds(plan::kStableSeconds)) failures_ = 0;
+  if (++failures_ > options_.restart.budget) return false;
+  last_failure_ = now;
+  const int64_t seconds = plan::BackoffSeconds(options_.restart, failures_);
+  due_[end.child] = now + std::chrono::seconds(seconds);
+  last_error_line_[end.child].clear();
+  Say(why + "; it is started again " + (seconds == 0 ? "at once" : "in " + std::to_string(seconds) + " s") + ", the other stages keep their weights");
+  return true;
+}
+
+void Runner::StartAgain() {
+  for (auto due = due_.begin(); due != due_.end();) {
+    if (Clock::now() < due->second) {
+      ++due;
+      continue;
+    }
+    const size_t child = due->first;
+    due = due_.erase(due);
+    const Status started = children_.StartAgain(child, {{std::string(contract::kEnvEpoch), std::to_string(++epoch_)}});
+    if (!started.ok()) return Stop(started.WithContext("cannot start " + children_.name(child) + " again"), static_cast<int>(contract::ExitCode::kInternal));
+  }
 }
 
 void Runner::HandleSignal() {
@@ -165,6 +193,7 @@ void Runner::Tick() {
         Stop(DeadlineExceededError("not ready after " + std::to_string(options_.ready_timeout.count()) + " s"), static_cast<int>(contract::ExitCode::kInternal));
       break;
     case Phase::kServing:
+      StartAgain();
       if (question_.joinable() && ::read(question_done_, &ignored, sizeof(ignored)) == sizeof(ignored)) {
         question_.join();
         if (question_status_.ok()) {
@@ -175,6 +204,7 @@ void Runner::Tick() {
       }
       break;
     case Phase::kDraining:
+      if (!head_ended_ && !stages_told_) StartAgain();  // requests may be waiting for it
       if (head_ended_ && !stages_told_ && now - *head_ended_ > kStageGrace) {
         stages_told_ = true;
         children_.SignalAll(SIGTERM);

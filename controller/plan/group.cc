@@ -10,12 +10,7 @@ namespace {
 using api::GroupPhase;
 using contract::ExitCode;
 
-// kBadFlags, kBadCheckpoint and kDoesNotFit would be the same again: only another spec or checkpoint helps.
-bool Hopeless(const ObservedPod& pod) {
-  if (pod.phase != PodPhase::kEnded || !pod.exit_code) return false;
-  const auto code = static_cast<ExitCode>(*pod.exit_code);
-  return code == ExitCode::kBadFlags || code == ExitCode::kBadCheckpoint || code == ExitCode::kDoesNotFit;
-}
+bool Hopeless(const ObservedPod& pod) { return pod.phase == PodPhase::kEnded && pod.exit_code && IsHopeless(*pod.exit_code); }
 
 std::string HowItEnded(const ObservedPod& pod) {
   std::string text;
@@ -518,6 +513,11 @@ class Planner {
 };
 
 }  // namespace
+
+bool IsHopeless(int exit_code) {
+  const auto code = static_cast<ExitCode>(exit_code);
+  return code == ExitCode::kBadFlags || code == ExitCode::kBadCheckpoint || code == ExitCode::kDoesNotFit;
+}
 
 int64_t MemberEpoch(const api::GroupRecord& record, int32_t stage) {
   const auto found = std::find_if(record.replaced.begin(), record.replaced.end(), [&](const api::Replacement& one) { return one.stage == stage; });

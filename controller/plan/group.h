@@ -31,6 +31,9 @@ inline constexpr int32_t kStableSeconds = 600;      // ready for so long after a
 inline constexpr int32_t kUnreadySecondsMin = 60;   // a pod that served and is not ready for so long (or six stall time-outs) hangs
 inline constexpr int32_t kOverdueSeconds = 30;      // a deleted head that is still there so long after its grace has a dead node
 
+// An exit code of a head or stage after which another try would end the same: only another spec or checkpoint helps.
+bool IsHopeless(int exit_code);
+
 // Before the restart after failure number `failures`: 0, then the base doubled each time.
 int64_t BackoffSeconds(const api::Restart& restart, int32_t failures);
 

@@ -209,7 +209,32 @@ TEST_F(RunTest, AStageThatRefusesItsCheckpointIsTheReasonAndTheExitCode) {
   ExpectNoOrphans();
 }
 
-TEST_F(RunTest, AStageThatIsKilledWhileServingEndsTheRunWithTheSignalsName) {
+TEST_F(RunTest, AStageThatIsKilledWhileServingIsStartedAgainAsAYoungerOne) {
+  Stage("echo \"${QWEN_EPOCH:-0}\" >> \"$d/epochs$i\"");
+  Start();
+  ASSERT_TRUE(Ready()) << Read("err");
+  const std::string first = Read("stage0.pid"), other = Read("stage1.pid");
+  ::kill(std::stoi(first), SIGKILL);
+  ASSERT_TRUE(Eventually([&] { return Read("epochs0") == "0\n1\n"; })) << Read("err");
+  EXPECT_NE(Read("stage0.pid"), first);
+  EXPECT_EQ(Read("stage1.pid"), other);
+  EXPECT_NE(Read("err").find("stage-0 was killed by signal 9 (Killed): stage 0 up with layers 0:2; it is started again at once"), std::string::npos) << Read("err");
+  ::kill(qwenctl_, SIGTERM);
+  EXPECT_EQ(Wait(), 0) << Read("err");
+  ExpectNoOrphans();
+}
+
+TEST_F(RunTest, AStageWhoseEndWouldBeTheSameAgainEndsTheRun) {
+  Stage("[ $i = 1 ] && { while [ ! -e \"$d/end\" ]; do sleep 0.05; done; exit 65; }");
+  Start();
+  ASSERT_TRUE(Ready()) << Read("err");
+  Write("end", "");
+  EXPECT_EQ(Wait(), 65) << Read("err");
+  ExpectNoOrphans();
+}
+
+TEST_F(RunTest, AStageThatIsKilledBeyondTheBudgetEndsTheRunWithTheSignalsName) {
+  Write("manifest.yaml", std::string(kManifest) + "  restart: {budget: 0}\n");
   Start();
   ASSERT_TRUE(Ready()) << Read("err");
   ::kill(std::stoi(Read("stage0.pid")), SIGKILL);
@@ -280,9 +305,12 @@ TEST_F(RunTest, AskPrintsTheAnswerAndATableAndEnds) {
         "    self.send_response(200); self.end_headers()\n"
         "    self.wfile.write(b\"qwen_stage_layers{stage=\\\"0\\\",begin=\\\"0\\\",end=\\\"2\\\"} 1\\n"
         "qwen_stage_weight_bytes{stage=\\\"0\\\"} 3440000\\nqwen_stage_step_seconds_sum{phase=\\\"prefill\\\"} 0.25\\nqwen_stage_step_seconds_sum{phase=\\\"decode\\\"} 0.5\\n\")\n"
-        "http.server.HTTPServer((\"127.0.0.1\",int(sys.argv[1])),H).serve_forever()' $p &");
+        "server=http.server.HTTPServer((\"127.0.0.1\",int(sys.argv[1])),H)\nopen(sys.argv[2],\"w\").close()\nserver.serve_forever()' $p \"$d/up$i\" &");
+  fs::remove(dir_ + "/go");  // until the stages can be asked
   Write("picture.png", "\x89PNG\r\n\x1a\nrest");
   Start({.ask = "Which digit is this?", .image = dir_ + "/picture.png", .max_tokens = 9});
+  ASSERT_TRUE(Eventually([&] { return fs::exists(dir_ + "/up0") && fs::exists(dir_ + "/up1"); })) << Read("err");
+  Write("go", "");
   EXPECT_EQ(Wait(), 0) << Read("err");
   const std::string out = Read("out");
   EXPECT_NE(out.find("ready http://127.0.0.1:"), std::string::npos) << out;
