@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 from history import History
 from world import NEXT, ROOT, Asker, World, pictures, post, question
@@ -119,6 +120,17 @@ def first_answer(world):
     world.check(f"through it and pods on {len(nodes)} nodes every digit is answered as transformers does", given and all(answer == right for answer, right in given), given)
     logs = lambda: [world.kubectl("-n", NS, "logs", pod).stdout for pod in world.living(NS, "digits")]  # noqa: E731
     world.within("kubectl logs shows a line of each pod", SOON_S, lambda: all(logs()), logs)
+
+    def qwenctl(*words):
+        program = Path(os.environ["E2E_PROGRAMS"].split()[0]).with_name("qwenctl")
+        return subprocess.run([program, *words, "digits", "-n", NS, "--kubeconfig", world.cluster.dir / "admin.kubeconfig"], capture_output=True, text=True, timeout=60)
+    told = qwenctl("logs")
+    world.check("qwenctl logs shows lines of every pod with its name", told.returncode == 0 and all(re.search(f"^{pod}  .", told.stdout, re.M) for pod in pods),
+                (told.returncode, told.stdout[-800:], told.stderr))
+    told = qwenctl("logs", "--stage", "2")
+    world.check("or of one", told.returncode == 0 and told.stdout and set(line.split()[0] for line in told.stdout.splitlines()) == {"digits-0-stage-2-1"}, told)
+    told = qwenctl("status")
+    world.check("qwenctl status says that it is Ready", told.returncode == 0 and "Ready=True" in told.stdout, told)
 
 
 def trouble(world):
