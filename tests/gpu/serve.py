@@ -6,11 +6,13 @@ usage: tests/gpu/serve.py --bin build/bin [--stages 1,2] [--shape Qwen3-VL-30B-A
   --load   clients:prompt tokens:output tokens; every client sends one request, all at once. Rows `.prefill`, `.decode` and `.total`,
            counted as peer/counting.py says, and time to first token and between tokens as the head's metrics have them
   --checkpoint DIR  its weights (peer/make_checkpoint.py) in place of noise; --shape then only names the rows
+  --shape  a name that ends in -FP8 is that shape as a block-FP8 checkpoint; --fp8 keep leaves such weights FP8 in the GPU's memory
   --soak   then keeps 64 clients busy for so long (random lengths, a tenth of them hang up) and says whether memory stayed flat
 Prints JSON rows ({suite, case, unit, ours}); exit code 1 when an answer is wrong.
 """
 import argparse
 import json
+import os
 import random
 import re
 import shutil
@@ -44,9 +46,11 @@ def shape_folder(name: str, folder: Path) -> Path:
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(demo / file, folder)
     text = json.loads((demo / "config.json").read_text())["text_config"]
-    text.update(SHAPES[name], model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], head_dim=128, vocab_size=151936, num_experts=128,
+    text.update(SHAPES[name.removesuffix("-FP8")], model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], head_dim=128, vocab_size=151936, num_experts=128,
                 num_experts_per_tok=8, max_position_embeddings=40960, norm_topk_prob=True)
     text.pop("rope_scaling", None)
+    if name.endswith("-FP8"):
+        text["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
     (folder / "config.json").write_text(json.dumps(text))
     return folder
 
@@ -134,6 +138,7 @@ def main() -> int:
     parser.add_argument("--stages", default="1")
     parser.add_argument("--device", default="Cuda")
     parser.add_argument("--shape", default="")
+    parser.add_argument("--fp8", choices=("expand", "keep"), default="expand")
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--vocab", type=int, default=151_000, help="prompts hold token ids below it")
     parser.add_argument("--load", default="1:2048:129,8:2048:129,32:1024:129,256:512:129,256:1024:256")
@@ -142,6 +147,7 @@ def main() -> int:
     parser.add_argument("--skip-digits", action="store_true")
     args = parser.parse_args()
     qwenctl = str(args.bin / "qwenctl")
+    os.environ["QWEN_FP8"] = args.fp8  # of every qwen-stage
     wrong, alone = [], {}  # alone: stages -> tokens of a few prompts, one at a time
 
     def row(case, unit, value):
@@ -160,12 +166,15 @@ def main() -> int:
             engine = {"device": args.device, "maxSequences": 256, "maxBatchTokens": args.batch_tokens, "kvCacheTokens": 335872, "threads": 8}
             source, noise = (args.checkpoint, []) if args.checkpoint else (shape_folder(args.shape, Path(folder)), ["--random-weights", "1"])
             spec = served.manifest(source, stages=stages, dtype="BFloat16", engine=engine, model={"maxModelLen": 10240})
+            started = time.monotonic()
             with served.Pipeline(qwenctl, spec, noise) as pipeline:
                 def generate(tokens, output):
                     body = pipeline.post("/v1/completions", {"model": "parity", "prompt": tokens, "max_tokens": output, "temperature": 0,
                                                              "ignore_eos": True, "return_token_ids": True})
                     return body["choices"][0]["token_ids"], body["usage"]["completion_tokens"]
 
+                generate(counting.tokens(10**9, 8, args.vocab), 1)
+                row(f"{args.shape}.stages{stages}.start_to_first_token", "s", round(time.monotonic() - started, 2))  # of all processes
                 alone[stages] = [generate(counting.tokens(seed, 1024, args.vocab), 128)[0] for seed in range(4)]
                 same = sum(a == b for a, b in zip(alone[stages], next(iter(alone.values()))))
                 row(f"{args.shape}.stages{stages}.same_tokens_as_first_split", "of 4", same)
