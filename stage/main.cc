@@ -63,7 +63,8 @@ void AddFlags(CLI::App& app, Flags& f) {
       ->check(CLI::IsMember({"auto", "nccl", "tcp"}));
   app.add_option("--fp8", f.compute.fp8, "of a block-FP8 checkpoint: expand (multiplied out to the dtype when loaded) or keep (FP8 in the GPU's memory: half the bytes; kernels that "
                                          "have not run on a GPU yet)")
-      ->check(CLI::IsMember({"expand", "keep"}));
+      ->check(CLI::IsMember({"expand", "keep"}))
+      ->envname("QWEN_FP8");
   app.add_option("--load", f.compute.load, "how weights are read: overlapped (requests of 8 MiB through a ring of buffers), plain (tensor by tensor); auto: the former on a CPU")
       ->envname("QWEN_LOAD")
       ->check(CLI::IsMember({"auto", "plain", "overlapped"}));
