@@ -166,12 +166,15 @@ def main() -> int:
             engine = {"device": args.device, "maxSequences": 256, "maxBatchTokens": args.batch_tokens, "kvCacheTokens": 335872, "threads": 8}
             source, noise = (args.checkpoint, []) if args.checkpoint else (shape_folder(args.shape, Path(folder)), ["--random-weights", "1"])
             spec = served.manifest(source, stages=stages, dtype="BFloat16", engine=engine, model={"maxModelLen": 10240})
+            started = time.monotonic()
             with served.Pipeline(qwenctl, spec, noise) as pipeline:
                 def generate(tokens, output):
                     body = pipeline.post("/v1/completions", {"model": "parity", "prompt": tokens, "max_tokens": output, "temperature": 0,
                                                              "ignore_eos": True, "return_token_ids": True})
                     return body["choices"][0]["token_ids"], body["usage"]["completion_tokens"]
 
+                generate(counting.tokens(10**9, 8, args.vocab), 1)
+                row(f"{args.shape}.stages{stages}.start_to_first_token", "s", round(time.monotonic() - started, 2))  # of all processes
                 alone[stages] = [generate(counting.tokens(seed, 1024, args.vocab), 128)[0] for seed in range(4)]
                 same = sum(a == b for a, b in zip(alone[stages], next(iter(alone.values()))))
                 row(f"{args.shape}.stages{stages}.same_tokens_as_first_split", "of 4", same)
