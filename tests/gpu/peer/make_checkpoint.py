@@ -5,7 +5,7 @@ usage: make_checkpoint.py --out DIR [--shape tiny|30b|235b] [--family vl|text] [
   vl     Qwen3-VL-MoE as on the hub: experts fused and transposed ([E, H, 2I], [E, I, H]), with a vision tower
   text   Qwen3-MoE as on the hub: three matrices an expert, no vision tower
   fp8    block FP8 (128 x 128) of what is quantised in the releases; embeddings, head, router, norms and vision stay bf16
-Streams: a worker holds some 16 MiB at a time. 30b in bf16 is 61 GB and takes about 10 CPU minutes, 235b 471 GB.
+Streams: a worker holds some 16 MiB of a tensor at a time (0.7 GB with torch itself). 30b is 61 GB in bf16 (7 CPU minutes) and 31 in fp8 (10), 235b 471 and 238.
 
 What matters for an honest comparison is that tokens meet all experts about equally often, as in a trained and balanced model:
 dummy weights of some engines send them to a few, which then stay in caches, and decode looks faster than it is. So
