@@ -19,7 +19,7 @@ KUBE = $$(cmake/deps.sh env | sed -n 's/^KUBE_BIN=//p')
 HELM = $$(cmake/deps.sh env | sed -n 's/^HELM_BIN=//p')
 configure = cmake --preset $(1) -DTORCH_SITE="$(SITE)" -DORACLE_PYTHON="$(ORACLE)" -DKUBE_BIN="$(KUBE)" -DHELM_BIN="$(HELM)" >build/$(1).log 2>&1 || { cat build/$(1).log; exit 1; }
 
-.PHONY: help deps deps-test build run test build-sanitized build-fuzz bench bench-operator format clean
+.PHONY: help deps deps-test build run test build-sanitized build-fuzz bench bench-operator soak format clean
 help:  ## this text
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -57,6 +57,10 @@ bench: build  ## concurrency sweep of the demo pipeline: docs/benchmarks/cpu.jso
 
 bench-operator: deps-test build  ## 125 pipelines of 8 stages on 100 fake nodes, beside plain pods: docs/benchmarks/operator.json
 	@KUBE_BIN="$(KUBE)" tests/bench/operator
+
+SOAK_MINUTES ?= 30
+soak: deps-test build  ## half an hour of random faults, after which the operator must hold what it held before: docs/benchmarks/operator_soak.json
+	@KUBE_BIN="$(KUBE)" HELM_BIN="$(HELM)" tests/faults/soak.py build/bin/qwen-controller --minutes $(SOAK_MINUTES) --out docs/benchmarks
 
 format:  ## clang-format in place
 	@git ls-files '*.cc' '*.h' '*.cu' '*.cuh' | xargs clang-format -i

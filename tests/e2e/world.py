@@ -367,7 +367,7 @@ class Invariants:
             replica, group = labels["qwenpipeline.dev/replica"], labels["qwenpipeline.dev/group"]
             stood = (owner, replica, group) in self.whole
             if self.uids.get((owner, meta["name"]), meta["uid"]) != meta["uid"] and (stood or not self.forming_repeats):
-                self.note(f"{meta['name']} was made twice")
+                self.note(f"{meta['namespace']}/{meta['name']} was made twice, again at {time.monotonic() - self.world.started:.1f} s by {meta['creationTimestamp']}")
             self.uids[owner, meta["name"]] = meta["uid"]
             ready = any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", [])) and "deletionTimestamp" not in meta
             groups.setdefault((owner, replica), {}).setdefault(group, []).append(ready)

@@ -11,7 +11,7 @@ SANITIZERS = ("ASAN", "LSAN", "TSAN", "UBSAN")
 
 def environment(folder):
     """This one, and where to write to: files of their own in `folder`."""
-    added = f"log_path={folder}/sanitizer.log:exitcode={EXIT_CODE}"
+    added = f"log_path={folder}/sanitizer.log:exitcode={EXIT_CODE}:print_suppressions=0"
     return {**os.environ, **{f"{name}_OPTIONS": ":".join(filter(None, [os.environ.get(f"{name}_OPTIONS"), added])) for name in SANITIZERS}}
 
 
