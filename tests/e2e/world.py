@@ -191,6 +191,12 @@ class World:
                   "--set", "images.head.repository=localhost/qwen-head", "--set", "images.stage.repository=localhost/qwen-stage", *more)
         self.kubectl("-n", "qwen-system", "rollout", "status", "deployment/qwen-qwen-pipeline", "--timeout=240s", timeout=250)
 
+    def define(self):
+        """The resource definition alone, without an operator. kubectl wait fails on one that has no conditions yet."""
+        self.kubectl("apply", "-f", ROOT / "crds/qwenpipeline.yaml")
+        path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/qwenpipelines.qwenpipeline.dev"
+        self.within("the definition is established", PATIENCE_S, lambda: any(c["type"] == "Established" and c["status"] == "True" for c in self.call(path)["status"].get("conditions") or []))
+
     def namespace(self, name, **labels):
         self.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}})
 
@@ -335,7 +341,7 @@ class Invariants:
 
     def __init__(self, world, deletes_fail=False, forming_repeats=False):
         self.world, self.deletes_fail, self.forming_repeats, self.broken, self.looks = world, deletes_fail, forming_repeats, [], 0
-        self.whole = set()  # (pipeline uid, replica, epoch) of groups that stood once
+        self.formed = set()  # (pipeline uid, replica, epoch) of groups that were complete once, as the status says
         self.uids = {}  # (pipeline uid, pod name) -> uid of the pod
         self.told = []  # (seconds, pipeline, Ready, reason, message) whenever that changes: the story, for whoever looks for a fault
         self.ended = threading.Event()
@@ -365,21 +371,22 @@ class Invariants:
             meta = pod["metadata"]
             labels, owner = meta["labels"], meta["ownerReferences"][0]["uid"]
             replica, group = labels["qwenpipeline.dev/replica"], labels["qwenpipeline.dev/group"]
-            stood = (owner, replica, group) in self.whole
+            stood = (owner, replica, group) in self.formed
             if self.uids.get((owner, meta["name"]), meta["uid"]) != meta["uid"] and (stood or not self.forming_repeats):
                 self.note(f"{meta['namespace']}/{meta['name']} was made twice, again at {time.monotonic() - self.world.started:.1f} s by {meta['creationTimestamp']}")
             self.uids[owner, meta["name"]] = meta["uid"]
             ready = any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", [])) and "deletionTimestamp" not in meta
             groups.setdefault((owner, replica), {}).setdefault(group, []).append(ready)
-        for (owner, replica), of_replica in groups.items():
+        for (_, replica), of_replica in groups.items():
             whole = [group for group, pods in of_replica.items() if len(pods) > 1 and all(pods)]
-            self.whole.update((owner, replica, group) for group in whole)
             if len(whole) > 2 and not self.deletes_fail:
                 self.note(f"replica {replica} is Ready as the groups {whole}")
 
     def listen(self):
         for pipeline in self.world.call(f"{PIPELINES}/qwenpipelines")["items"]:
             name = f"{pipeline['metadata']['namespace']}/{pipeline['metadata']['name']}"
+            self.formed.update((pipeline["metadata"]["uid"], str(group["replica"]), str(group["epoch"]))
+                               for group in pipeline.get("status", {}).get("groups") or [] if group["phase"] == "Formed")
             ready = next((c for c in pipeline.get("status", {}).get("conditions", []) if c["type"] == "Ready"), {})
             now = (name, ready.get("status"), ready.get("reason"), ready.get("message"))
             if now != next((t[1:] for t in reversed(self.told) if t[1] == name), None):

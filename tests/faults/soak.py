@@ -377,8 +377,7 @@ def main():
     args = parser.parse_args()
     print(f"seed {args.seed}, {args.minutes:g} minutes", flush=True)
     with World(nodes=0, look_s=1, forming_repeats=True) as world:
-        world.kubectl("apply", "-f", ROOT / "crds/qwenpipeline.yaml")
-        world.kubectl("wait", '--for=jsonpath={.status.conditions[?(@.type=="Established")].status}=True', "crd/qwenpipelines.qwenpipeline.dev", "--timeout=30s")
+        world.define()
         soak = Soak(world, args.program, args.seed)
         try:
             soak.run(args.minutes * 60)

@@ -205,8 +205,7 @@ def main():
     operators, own = [], []
     with World(nodes=0) as world:
         try:
-            world.kubectl("apply", "-f", ROOT / "crds/qwenpipeline.yaml")
-            world.kubectl("wait", '--for=jsonpath={.status.conditions[?(@.type=="Established")].status}=True', "crd/qwenpipelines.qwenpipeline.dev", "--timeout=30s")
+            world.define()
             world.claim(NS, "digits", ROOT / "docs/examples/digits-checkpoint")
             world.namespace(SILENT)
             world.claim(SILENT, "digits", ROOT / "docs/examples/digits-checkpoint")

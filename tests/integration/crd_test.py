@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -191,7 +192,11 @@ class Suite:
         collection = "/apis/qwenpipeline.dev/v1alpha1/namespaces/default/qwenpipelines"
         code, text = self.kubectl("apply", "-f", str(ROOT / "crds/qwenpipeline.yaml"))
         self.check("the resource definition is accepted", code == 0, text)
-        code, text = self.kubectl("wait", '--for=jsonpath={.status.conditions[?(@.type=="Established")].status}=True', "--timeout=20s", "crd/qwenpipelines.qwenpipeline.dev")
+        for _ in range(40):  # kubectl fails at once on one that has no conditions yet
+            code, text = self.kubectl("wait", '--for=jsonpath={.status.conditions[?(@.type=="Established")].status}=True', "--timeout=20s", "crd/qwenpipelines.qwenpipeline.dev")
+            if code == 0:
+                break
+            time.sleep(0.5)
         self.check("and established", code == 0, text)
         _, crd = self.call("GET", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/qwenpipelines.qwenpipeline.dev")
         states = {c["type"]: c["status"] for c in crd["status"]["conditions"]}
