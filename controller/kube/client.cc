@@ -110,8 +110,8 @@ HttpRequest Client::MakeApply(const Resource& resource, const Json& object) cons
   return ApplyRequest(resource, object, {.field_manager = options_.field_manager, .force = true, .subresource = {}});
 }
 
-Answer Client::PatchStatus(const Resource& resource, const ObjectKey& key, const Json& status) {
-  return Do(MergePatchRequest(resource, key, {{"status", status}}, "status", options_.field_manager));
+Answer Client::PatchStatus(const Resource& resource, const ObjectKey& key, const std::string& resource_version, const Json& status) {
+  return Do(MergePatchRequest(resource, key, {{"metadata", {{"resourceVersion", resource_version}}}, {"status", status}}, "status", options_.field_manager));
 }
 
 Answer Client::Do(HttpRequest request) {

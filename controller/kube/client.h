@@ -64,8 +64,9 @@ class Client {
   Answer Create(const Resource& resource, const Json& object) { return Do(CreateRequest(resource, object)); }
   Answer Update(const Resource& resource, const Json& object) { return Do(UpdateRequest(resource, object)); }
   Answer Apply(const Resource& resource, const Json& object) { return Do(MakeApply(resource, object)); }
-  // `status` replaces what it names of /status (merge patch); an unchanged one costs a request but no write in etcd.
-  Answer PatchStatus(const Resource& resource, const ObjectKey& key, const Json& status);
+  // `status` replaces what it names of /status (merge patch); an unchanged one costs a request but no write in etcd. A Conflict when the
+  // object is no longer at `resource_version`, from which the status was made.
+  Answer PatchStatus(const Resource& resource, const ObjectKey& key, const std::string& resource_version, const Json& status);
   Answer Delete(const Resource& resource, const ObjectKey& key, const DeleteOptions& options = {}) {
     return Do(DeleteRequest(resource, key, options));
   }

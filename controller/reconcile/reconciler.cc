@@ -278,8 +278,11 @@ Result<kube::Requeue> Reconciler::Act(const PipelineView& view, const ObjectKey&
   }
   Json newest;  // the pipeline, as our own write of the status left it
   if (actions.status != observed.previous) {
-    Answer answer = client_.PatchStatus(resources::kQwenPipelines, key, Json::parse(api::StatusToJson(actions.status)));
+    // Only over the version that was looked at: a leader that slept over its lease in the middle of this must not take back an epoch
+    // that the next one has given.
+    Answer answer = client_.PatchStatus(resources::kQwenPipelines, key, view.meta.resource_version, Json::parse(api::StatusToJson(actions.status)));
     if (answer.NotFound()) return kube::Requeue{};
+    if (answer.Conflict()) return kube::Requeue{1'000'000};  // the event of what changed comes sooner
     if (!answer.ok()) return answer.status().WithContext("status");
     pipelines_.expectations.Wrote(key, kube::StringAt(answer.body, "/metadata/resourceVersion"), clock_.NowMicros());
     newest = std::move(answer.body);
@@ -339,6 +342,7 @@ void Reconciler::WriteChildren(const PipelineView& view, const ObjectKey& key, c
   std::vector<kube::HttpRequest> requests;
   std::vector<std::function<void(const Answer&)>> answered;  // one a request
   const auto add = [&](kube::HttpRequest request, std::function<void(const Answer&)> then) {
+    request.metadata_only = true;
     requests.push_back(std::move(request));
     answered.push_back(std::move(then));
   };
@@ -382,7 +386,10 @@ bool Reconciler::WriteAll(const PipelineView& view, const ObjectKey& key, plan::
   WriteChildren(view, key, actions, refusal, error);
   const int64_t now = clock_.NowMicros();
   std::vector<kube::HttpRequest> requests;
-  for (const Json& pod : actions.create_pods) requests.push_back(kube::CreateRequest(resources::kPods, pod));
+  for (const Json& pod : actions.create_pods) {
+    requests.push_back(kube::CreateRequest(resources::kPods, pod));
+    requests.back().metadata_only = true;
+  }
   client_.DoAll(std::move(requests), [&](size_t i, const Answer& answer) {
     // A name of ours that exists is our own pod from a try whose answer was lost: names carry the epoch.
     if (answer.AlreadyExists()) return;

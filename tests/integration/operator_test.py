@@ -190,6 +190,9 @@ class Suite:
         self.within("it is Ready when the kubelets say so", 10, lambda: self.ready("digits"), lambda: self.condition("digits"))
         status = self.pipeline("digits")["status"]
         self.check("its counts are right", (status["stages"], status["replicas"], status["readyReplicas"], status["restarts"], status["epoch"]) == ("4/4", 1, 1, 0, 1), status)
+        stale = {"metadata": {"resourceVersion": made["metadata"]["resourceVersion"]}, "status": {"epoch": 0}}
+        self.check("a status that was made from an old version is refused", self.call("PATCH", f"{PIPELINES.format('default')}/digits/status", stale, MERGE)[0] == 409 and
+                   self.pipeline("digits")["status"]["epoch"] == 1, self.pipeline("digits")["status"])
         self.check("Services, a Secret, a NetworkPolicy and a PodDisruptionBudget stand beside it", set(self.left("digits")) - set(self.pods("digits")) == {"digits", "digits-group", "digits-handshake"},
                    self.left("digits"))
 
