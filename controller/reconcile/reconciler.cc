@@ -342,7 +342,6 @@ void Reconciler::WriteChildren(const PipelineView& view, const ObjectKey& key, c
   std::vector<kube::HttpRequest> requests;
   std::vector<std::function<void(const Answer&)>> answered;  // one a request
   const auto add = [&](kube::HttpRequest request, std::function<void(const Answer&)> then) {
-    request.metadata_only = true;
     requests.push_back(std::move(request));
     answered.push_back(std::move(then));
   };
@@ -386,10 +385,7 @@ bool Reconciler::WriteAll(const PipelineView& view, const ObjectKey& key, plan::
   WriteChildren(view, key, actions, refusal, error);
   const int64_t now = clock_.NowMicros();
   std::vector<kube::HttpRequest> requests;
-  for (const Json& pod : actions.create_pods) {
-    requests.push_back(kube::CreateRequest(resources::kPods, pod));
-    requests.back().metadata_only = true;
-  }
+  for (const Json& pod : actions.create_pods) requests.push_back(kube::CreateRequest(resources::kPods, pod));
   client_.DoAll(std::move(requests), [&](size_t i, const Answer& answer) {
     // A name of ours that exists is our own pod from a try whose answer was lost: names carry the epoch.
     if (answer.AlreadyExists()) return;
