@@ -168,7 +168,7 @@ class CpprestTransport final : public Transport {
     try {
       http::http_request out{http::method(std::string(MethodName(request.method)))};
       out.set_request_uri(request.path);
-      out.headers().add("Accept", "application/json");
+      out.headers().add("Accept", request.metadata_only ? "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,application/json" : "application/json");
       out.headers().add("User-Agent", "qwen-controller");
       if (!identity.bearer_token.empty()) out.headers().add("Authorization", "Bearer " + identity.bearer_token);
       if (!request.content_type.empty()) out.set_body(request.body, request.content_type);

@@ -24,6 +24,7 @@ struct HttpRequest {
   std::string path;          // with its query, percent-encoded: "/api/v1/pods?limit=500"
   std::string content_type;  // of the body; empty: no body
   std::string body;
+  bool metadata_only = false;  // of the answer's object: the server leaves out spec and status, which it would encode and we would read
 };
 struct HttpResponse {
   int32_t status = 0;

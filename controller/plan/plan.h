@@ -27,7 +27,7 @@ struct PodRef {
 struct Actions {
   api::PipelineStatus status;  // to be written when it differs from the snapshot's
   std::string revision;        // that the spec asks for; empty: none was worked out
-  bool add_finalizer = false;  // before anything is made
+  bool add_finalizer = false;  // before anything serves
   bool create_secret = false;
   std::vector<nlohmann::json> apply;           // children, by server-side apply
   std::vector<nlohmann::json> create_weights;  // claims and Jobs

@@ -292,8 +292,12 @@ Result<kube::Requeue> Reconciler::Act(const PipelineView& view, const ObjectKey&
                       .type = notice.warning ? kube::EventType::kWarning : kube::EventType::kNormal,
                       .reason = std::move(notice.reason), .action = std::move(notice.action), .note = std::move(notice.note)});
   // Of a pipeline that has no pods yet the pods come first: their events bring the next look, which makes Services and the rest, and
-  // where a hundred pipelines begin at once the pods of all of them are there before that.
-  if (observed.pods.empty() && observed.write_error.empty() && !actions.create_pods.empty()) actions.apply.clear();
+  // where a hundred pipelines begin at once the pods of all of them are there before that. The finalizer too: nothing serves yet that
+  // would have to drain, and pods of a pipeline that is deleted meanwhile go with their owner.
+  if (observed.pods.empty() && observed.write_error.empty() && !actions.create_pods.empty()) {
+    actions.apply.clear();
+    actions.add_finalizer = false;
+  }
   std::string refusal;
   Status error;
   if (!actions.add_finalizer || WriteFinalizer(view, key, true, newest, &refusal, &error)) WriteAll(view, key, actions, &refusal, &error);
@@ -342,6 +346,7 @@ void Reconciler::WriteChildren(const PipelineView& view, const ObjectKey& key, c
   std::vector<kube::HttpRequest> requests;
   std::vector<std::function<void(const Answer&)>> answered;  // one a request
   const auto add = [&](kube::HttpRequest request, std::function<void(const Answer&)> then) {
+    request.metadata_only = true;
     requests.push_back(std::move(request));
     answered.push_back(std::move(then));
   };
@@ -385,7 +390,10 @@ bool Reconciler::WriteAll(const PipelineView& view, const ObjectKey& key, plan::
   WriteChildren(view, key, actions, refusal, error);
   const int64_t now = clock_.NowMicros();
   std::vector<kube::HttpRequest> requests;
-  for (const Json& pod : actions.create_pods) requests.push_back(kube::CreateRequest(resources::kPods, pod));
+  for (const Json& pod : actions.create_pods) {
+    requests.push_back(kube::CreateRequest(resources::kPods, pod));
+    requests.back().metadata_only = true;
+  }
   client_.DoAll(std::move(requests), [&](size_t i, const Answer& answer) {
     // A name of ours that exists is our own pod from a try whose answer was lost: names carry the epoch.
     if (answer.AlreadyExists()) return;

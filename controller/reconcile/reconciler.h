@@ -1,6 +1,6 @@
 // controller/reconcile/reconciler.h — the loop: key → snapshot out of the informers' stores → plan::MakePlan → writes.
 //
-// A pipeline carries a finalizer from before its first pod until its heads have drained and its pods are gone.
+// A pipeline carries a finalizer from the look after its first pods were made until its heads have drained and its pods are gone.
 // The status goes first: it is the write-ahead record of epochs, so a controller that dies at any line is followed by one that
 // goes on from there. A look waits until all own writes are back in the stores (Expectations), so nothing is created twice.
 // What the API server refuses (quota, an invalid object) is told in the status and tried again every kRefusedRetryMicros.
