@@ -287,6 +287,16 @@ Result<kube::Requeue> Reconciler::Act(const PipelineView& view, const ObjectKey&
     pipelines_.expectations.Wrote(key, kube::StringAt(answer.body, "/metadata/resourceVersion"), clock_.NowMicros());
     newest = std::move(answer.body);
   }
+  // What a group lacks is made without a word to the status, so nothing has said yet that this look's record is the newest: a new leader
+  // whose watch is behind would make pods of an epoch that is over, and whose pods are gone.
+  if (!actions.create_pods.empty() && newest.is_null()) {
+    kube::HttpRequest request = kube::GetRequest(resources::kQwenPipelines, key);
+    request.metadata_only = true;
+    const Answer answer = client_.Do(std::move(request));
+    if (answer.NotFound()) return kube::Requeue{};
+    if (!answer.ok()) return answer.status().WithContext("newest version");
+    if (kube::StringAt(answer.body, "/metadata/resourceVersion") != view.meta.resource_version) return kube::Requeue{1'000'000};
+  }
   for (plan::Notice& notice : actions.notices)
     recorder_.Record({.regarding = {resources::kQwenPipelines, key, view.meta.uid, view.meta.resource_version},
                       .type = notice.warning ? kube::EventType::kWarning : kube::EventType::kNormal,

@@ -473,7 +473,8 @@ class Suite:
         self.within("the standby takes over at once and repairs", 5, lambda: "long-0-stage-5-2" in self.names("long"), lambda: self.names("long"))
         for name in ("digits", "two", "long"):
             self.remove(name)
-        self.within("deletion leaves nothing", 30, lambda: not any(self.left(n) for n in ("digits", "two", "long")), lambda: self.left("long"))
+        self.within("deletion leaves nothing", 30, lambda: not any(self.left(n) for n in ("digits", "two", "long")),
+                    lambda: [self.left(n) for n in ("digits", "two", "long")])
         return third
 
     def namespace_goes(self):
