@@ -116,7 +116,8 @@ class Suite:
         return self.call("GET", f"{PIPELINES.format(namespace)}/{name}")[1]
 
     def condition(self, name, kind="Ready", namespace="default"):
-        conditions = self.pipeline(name, namespace).get("status", {}).get("conditions", [])
+        found = self.pipeline(name, namespace)  # or an answer that there is none
+        conditions = found.get("status", {}).get("conditions", []) if found.get("kind") == "QwenPipeline" else []
         return next((c for c in conditions if c["type"] == kind), {"status": "", "reason": "", "message": ""})
 
     def ready(self, name):
@@ -235,7 +236,7 @@ class Suite:
         self.check("the dead node's pods are still there", stuck and all("deletionTimestamp" in self.pods("moved")[n]["metadata"] for n in stuck), stuck)
         self.check("no new pod went there", not any(n.endswith("-2") for n in stuck), stuck)
         self.node(node, spec={"taints": [{"key": "node.kubernetes.io/out-of-service", "value": "nodeshutdown", "effect": "NoExecute"}]})
-        def ending():  # of every pipeline: the fake kubelet does not come back to a pod whose deletion it missed
+        def ending():
             return [p["metadata"]["name"] for p in self.must("GET", f"/api/v1/namespaces/default/pods?fieldSelector=spec.nodeName%3D{node}")["items"]
                     if "deletionTimestamp" in p["metadata"]]
         self.within("out of service: their objects are deleted by force", 5, lambda: not ending(), ending)
@@ -474,7 +475,7 @@ class Suite:
         for name in ("digits", "two", "long"):
             self.remove(name)
         self.within("deletion leaves nothing", 30, lambda: not any(self.left(n) for n in ("digits", "two", "long")),
-                    lambda: [self.left(n) for n in ("digits", "two", "long")])
+                    lambda: [(self.left(n), self.condition(n), {p: pod["metadata"].get("deletionTimestamp") for p, pod in self.pods(n).items()}) for n in ("digits", "two", "long")])
         return third
 
     def namespace_goes(self):

@@ -79,6 +79,9 @@ func runFakelet(args []string) error {
 	if _, err := nodes.AddEventHandler(enqueue("node/")); err != nil {
 		return err
 	}
+	if _, err := nodes.AddEventHandler(cache.ResourceEventHandlerFuncs{UpdateFunc: f.comesBack}); err != nil {
+		return err
+	}
 	if _, err := pods.AddEventHandler(enqueue("pod/")); err != nil {
 		return err
 	}
@@ -126,6 +129,19 @@ func (f *fakelet) lively(name string) (*core.Node, bool) {
 	}
 	node := object.(*core.Node)
 	return node, node.Labels[nodeLabel] == "true" && node.Annotations[silentAnnotation] != "true"
+}
+
+// comesBack does what happened to a node's pods while it had no power, as a kubelet that starts does.
+func (f *fakelet) comesBack(old, now any) {
+	node := now.(*core.Node)
+	if old.(*core.Node).Annotations[silentAnnotation] != "true" || node.Annotations[silentAnnotation] == "true" {
+		return
+	}
+	for _, object := range f.pods.List() {
+		if pod := object.(*core.Pod); pod.Spec.NodeName == node.Name {
+			f.queue.Add("pod/" + pod.Namespace + "/" + pod.Name)
+		}
+	}
 }
 
 func (f *fakelet) node(ctx context.Context, name string) error {
