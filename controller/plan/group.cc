@@ -181,6 +181,7 @@ class Planner {
     if (head == nullptr || head->phase != PodPhase::kRunning || !(head->ready || head->deleting)) return false;
     if (head->node_state != NodeState::kFine) return false;  // nobody is there to finish anything
     if (head->deleting && input_.now_seconds > head->gone_by_seconds + kOverdueSeconds) return false;
+    plan_.draining = true;
     Remove(head);
     if (head->deleting) Wake(head->gone_by_seconds + kOverdueSeconds + 1);
     return true;
@@ -398,7 +399,11 @@ class Planner {
     if (!problem && !down) problem = FindHang();
     if (problem && record().phase != GroupPhase::kDown) NoteFailure(*problem);
     if (record().phase == GroupPhase::kFailed) return;
-    if (record().phase == GroupPhase::kDown) return Restart();
+    if (record().phase == GroupPhase::kDown) {
+      // A node that was only away, a process that hung: whole again before its turn, and a restart would cost everybody's weights.
+      if (problem || !AllReady()) return Restart();
+      record().phase = GroupPhase::kFormed;
+    }
     Grow();
   }
 

@@ -328,6 +328,25 @@ TEST(Node, NodesThatGoOneAfterTheOtherCostABackOffEach) {
   EXPECT_TRUE(world.Is("Ready").value) << world.ReadyMessage();
 }
 
+TEST(Node, ThatComesBackDuringABackOffLeavesItsGroupAsItWas) {
+  World world;
+  world.Serve();
+  world.End("q-0-stage-1-1", 70);
+  world.Serve();
+  const std::string pods = world.Pods();
+  const std::string node = world.Find("q-0-stage-0-1").node;
+  world.SetNode(node, NodeState::kLost);
+  world.Settle();  // the second failure waits
+  EXPECT_EQ(world.ReadyReason(), "CrashLoop");
+  world.SetNode(node, NodeState::kFine);
+  world.Settle();
+  EXPECT_TRUE(world.Is("Ready").value) << world.ReadyMessage();
+  world.now += 1'000;
+  world.Serve();
+  EXPECT_EQ(world.Pods(), pods) << "nothing of it was made again";
+  EXPECT_EQ(world.observed.previous.groups[0].failures, 0);
+}
+
 TEST(Node, WhatKubernetesDeletesOnANodeThatIsGoneGoesDuringABackOffToo) {
   World world;
   world.Serve();
