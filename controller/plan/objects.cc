@@ -239,8 +239,7 @@ std::vector<json> Children(const api::QwenPipeline& pipeline) {
   std::vector<json> children = {
       Child(pipeline, "v1", "Service", ApiServiceName(pipeline), {{"selector", heads}, {"ports", {port("api", api_port)}}}),
       Child(pipeline, "v1", "Service", GroupServiceName(pipeline),
-            {{"selector", all}, {"clusterIP", "None"}, {"publishNotReadyAddresses", true},
-             {"ports", {port("control", contract::kControlPort), port("data", contract::kDataPort)}}}),
+            {{"selector", heads}, {"clusterIP", "None"}, {"publishNotReadyAddresses", true}, {"ports", {port("control", contract::kControlPort)}}}),
       DisruptionBudget(pipeline)};
   if (pipeline.spec.network_policy == api::NetworkPolicyMode::kManaged) children.push_back(NetworkPolicy(pipeline));
   return children;

@@ -1,7 +1,8 @@
 // controller/plan/objects.h — the Kubernetes objects of a pipeline, as JSON with deterministic names. Pure.
 //
 //   NAME                          Service of the OpenAI API: every ready head
-//   NAME-group                    headless Service: DNS names of all pods, ready or not, for the rendezvous
+//   NAME-group                    headless Service: DNS names of the heads, ready or not, whom the stages dial. Stages tell each other addresses, so
+//                                 that Kubernetes need not write endpoints for each of them
 //   NAME                          NetworkPolicy: who reaches the pods; PodDisruptionBudget: one group down at a time
 //   NAME-handshake                Secret of the handshake; created once, its value is never looked at again
 //   NAME-<replica>-head-<epoch>   pods; NAME-<replica>-stage-<index>-<epoch>

@@ -60,6 +60,7 @@ struct Observed {
   bool has_secret = false;
   bool has_finalizer = false;
   bool deleting = false;    // the pipeline
+  int64_t deleting_since_seconds = 0;  // when deleting
   std::string revision;     // as Actions told it for this very generation; empty: not known, and worked out (half a millisecond)
   std::string spec_error;   // this controller cannot read the spec, which the API server took; `pipeline` is then metadata only
   std::string write_error;  // the API server's refusal of our last writes ("exceeded quota: ..."); empty: none

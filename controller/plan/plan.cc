@@ -70,7 +70,7 @@ Actions Retire(const Observed& observed, int64_t now_seconds) {
   actions.status = observed.previous;
   if (!observed.has_finalizer) return actions;
   std::vector<GroupPlan> groups;
-  bool empty = true;
+  bool empty = true, draining = false;
   for (const auto& [index, replica] : Replicas(observed, 0)) {
     // No revision: of the group as it is, whatever the spec says by now.
     groups.push_back(PlanGroup(observed.pipeline, {.replica = index, .wanted = false, .leaving = "Deleting", .known_epoch = observed.previous.epoch,
@@ -80,10 +80,21 @@ Actions Retire(const Observed& observed, int64_t now_seconds) {
     const auto stuck = [](const ObservedPod* pod) { return pod->deleting && pod->node_state != NodeState::kFine; };
     empty &= !groups.back().record || (!replica.pods.empty() && std::all_of(replica.pods.begin(), replica.pods.end(), stuck));
     Remove(groups.back(), actions);
+    draining |= groups.back().draining;
   }
   actions.remove_finalizer = empty;
   if (empty) return actions;
-  // Told when it says something new; that one pod after the other is gone need not be written for every pod.
+  // Told of a head that takes its time and of pods that outstay their grace: the rest is over before anybody reads it.
+  const auto wake = [&actions](int64_t at_seconds) { actions.wake_seconds = std::min(actions.wake_seconds.value_or(at_seconds), at_seconds); };
+  bool tell = draining && now_seconds >= observed.deleting_since_seconds + kTellSeconds;
+  if (draining && !tell) wake(observed.deleting_since_seconds + kTellSeconds);
+  for (const ObservedPod& pod : observed.pods) {
+    if (!pod.deleting || draining) continue;
+    tell |= now_seconds > pod.gone_by_seconds;
+    if (now_seconds <= pod.gone_by_seconds) wake(pod.gone_by_seconds + 1);
+  }
+  if (!tell) return actions;
+  // When it says something new; that one pod after the other is gone need not be written for every pod.
   api::PipelineStatus status = MakeStatus(observed, groups, "", now_seconds);
   if (status.conditions != observed.previous.conditions) actions.status = std::move(status);
   return actions;

@@ -17,6 +17,7 @@ namespace resources = kube::resources;
 
 constexpr char kByOwner[] = "owner";
 constexpr char kByNode[] = "node";
+constexpr char kByUid[] = "uid";
 
 kube::Reflector::Options Watching(const kube::Resource& resource, const std::string& namespace_name, bool labelled) {
   kube::Reflector::Options options{.resource = resource};
@@ -30,9 +31,13 @@ std::vector<std::string> OwnerUid(const View& view) {
   return view.meta.owner_uid.empty() ? std::vector<std::string>() : std::vector<std::string>{view.meta.owner_uid};
 }
 
-// What happens anyway while a group comes up waits for what somebody waits for: pods of other pipelines, and losses.
+// What happens anyway while a group comes or goes waits for what somebody waits for: pods of other pipelines, losses, a head that has
+// finished.
 template <typename View>
 bool Routine(const std::shared_ptr<const View>& old, const std::shared_ptr<const View>& now) {
+  if constexpr (std::is_same_v<View, PodView>) {
+    if (old != nullptr && old->meta.deleting && old->pod.stage >= 0) return true;
+  }
   if (now == nullptr || now->meta.deleting) return false;
   if constexpr (std::is_same_v<View, PodView>) {
     if (now->pod.phase == plan::PodPhase::kEnded || (old != nullptr && old->pod.ready && !now->pod.ready)) return false;
@@ -94,6 +99,9 @@ Reconciler::Reconciler(kube::Transport& transport, kube::Client& client, kube::E
   const auto enqueue = [this](const ObjectKey& key, bool can_wait) {
     controller_.queue().Add(key, can_wait ? kube::Priority::kLow : kube::Priority::kNormal);
   };
+  ForEachStore([](auto& store) {
+    store.informer.store().AddIndex(kByUid, [](const auto& view) { return std::vector<std::string>{view.meta.uid}; });
+  });
   pipelines_.informer.AddHandler({.on_change = [enqueue](const auto& old, const auto& now, bool initial) { enqueue((now ? now : old)->meta.key, initial); }});
   const auto watch_children = [&](auto& children) {
     children.informer.store().AddIndex(kByOwner, [](const auto& view) { return OwnerUid(view); });
@@ -178,9 +186,8 @@ bool Reconciler::UpToDate(const ObjectKey& key) {
   const auto check = [&](auto& children) {
     const auto& store = children.informer.store();
     const auto alive = [&](const std::string& uid) {
-      for (const auto& object : store.List())
-        if (object->meta.uid == uid) return !object->meta.deleting;
-      return false;
+      const auto found = store.ByIndex(kByUid, uid);
+      return !found.empty() && !found.front()->meta.deleting;
     };
     return children.expectations.Satisfied(key, store.seen_revision(), alive, clock_.NowMicros());
   };
@@ -222,7 +229,8 @@ void Reconciler::ReadLoads(const ObjectKey& key, const std::vector<std::shared_p
 }
 
 plan::Observed Reconciler::Observe(const PipelineView& view, const ObjectKey& key) {
-  plan::Observed observed{.generation = view.meta.generation, .previous = view.status, .deleting = view.meta.deleting};
+  plan::Observed observed{.generation = view.meta.generation, .previous = view.status, .deleting = view.meta.deleting,
+                          .deleting_since_seconds = view.deleting_since_seconds};
   if (view.pipeline.ok()) {
     observed.pipeline = *view.pipeline;
   } else {

@@ -70,6 +70,7 @@ PipelineView DecodePipeline(const Json& object) {
   view.pipeline = api::ParsePipeline(object.dump(), api::UnknownFields::kIgnore);
   if (const Json* finalizers = FindAt(object, "/metadata/finalizers"); finalizers != nullptr && finalizers->is_array())
     for (const Json& finalizer : *finalizers) view.finalizers.push_back(finalizer.get<std::string>());
+  view.deleting_since_seconds = Seconds(StringAt(object, "/metadata/deletionTimestamp"));
   if (const Json* status = FindAt(object, "/status")) view.status = api::ParseStatus(status->dump());
   return view;
 }

@@ -1,6 +1,7 @@
 // controller/reconcile/views.h — what the informers keep of each object: a few hundred bytes instead of a JSON tree of 60 kB.
 // Pure decoders; thread-safe.
 #pragma once
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -17,6 +18,7 @@ struct PipelineView {
   Result<api::QwenPipeline> pipeline = Status(StatusCode::kInternal, "not decoded");  // an error: the CRD takes what we do not
   api::PipelineStatus status;
   std::vector<std::string> finalizers;
+  int64_t deleting_since_seconds = 0;  // when meta.deleting
 };
 struct PodView {
   kube::ObjectMeta meta;
