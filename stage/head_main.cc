@@ -68,10 +68,8 @@ void AddFlags(CLI::App& app, Flags& f) {
 
 std::vector<server::Api::StageProgress> Progress(const pipeline::PipelineStatus& status) {
   std::vector<server::Api::StageProgress> stages;
-  for (const pipeline::StageStatus& stage : status.stages) {
-    const int64_t percent = stage.loaded ? 100 : stage.load_bytes_total > 0 ? 100 * stage.load_bytes_done / stage.load_bytes_total : 0;
-    stages.push_back({.stage = stage.stage, .connected = stage.connected, .loaded = stage.loaded, .load_percent = static_cast<int32_t>(percent)});
-  }
+  for (const pipeline::StageStatus& stage : status.stages)
+    stages.push_back({.stage = stage.stage, .connected = stage.connected, .loaded = stage.loaded, .load_percent = static_cast<int32_t>(stage.load_percent())});
   return stages;
 }
 

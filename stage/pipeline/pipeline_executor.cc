@@ -438,8 +438,7 @@ PipelineStatus PipelineExecutor::Impl::status() const {
     if (!stage.connected) {
       wait_for(stage.stage, "not connected");
     } else if (!stage.loaded) {
-      const int64_t percent = stage.load_bytes_total > 0 ? 100 * stage.load_bytes_done / stage.load_bytes_total : 0;
-      wait_for(stage.stage, "loading " + std::to_string(percent) + " %");
+      wait_for(stage.stage, "loading " + std::to_string(stage.load_percent()) + " %");
     }
     out.stages.push_back(std::move(stage));
   }

@@ -49,6 +49,7 @@ struct StageStatus {
   int32_t layer_begin = 0, layer_end = 0;
   int64_t weight_bytes = 0;
   int64_t load_bytes_done = 0, load_bytes_total = 0;
+  int64_t load_percent() const { return loaded ? 100 : load_bytes_total > 0 ? 100 * load_bytes_done / load_bytes_total : 0; }
   int32_t kv_blocks = 0;
   uint64_t steps_done = 0;      // of the current connection
   double seconds_since_heard = 0.0;

@@ -303,13 +303,13 @@ HttpResponse Api::Ready() const {
   const std::string reason = NotReadyReason();
   if (reason.empty()) return JsonResponse({{"status", "ready"}});
   const engine::EngineStats stats = deps_.engine.stats();
-  const bool recovering = !stats.group_ready && stats.epoch > 0;
-  if (!shared_->admission.draining() && recovering && deps_.clock.NowMicros() - stats.not_ready_since_micros < options_.recovery_hold.count())
-    return JsonResponse({{"status", "recovering"}, {"reason", reason}});
-  Json body = {{"status", "not ready"}, {"reason", reason}};
+  const bool recovers = !stats.group_ready && stats.epoch > 0;
+  const bool held = !shared_->admission.draining() && recovers && deps_.clock.NowMicros() - stats.not_ready_since_micros < options_.recovery_hold.count();
+  Json body = {{"status", held ? "recovering" : "not ready"}, {"reason", reason}};
   for (const StageProgress& stage : probes_.stages ? probes_.stages() : std::vector<StageProgress>())
     body["stages"].push_back({{"stage", stage.stage}, {"connected", stage.connected}, {"loaded", stage.loaded}, {"load_percent", stage.load_percent}});
   HttpResponse response = JsonResponse(body);
+  if (held) return response;
   response.status = 503;
   response.headers.emplace_back("Retry-After", "5");
   return response;

@@ -417,7 +417,8 @@ TEST(Readiness, IsRefusedWhileLoadingAndQueuesWhileAGroupIsLost) {
 }
 
 TEST(Readiness, IsHeldForAWhileSoThatNobodyIsRefusedWhileALostStageComesBack) {
-  TestHead head({.api = {.workers = 2, .version = "test", .recovery_hold = std::chrono::milliseconds(300)}});
+  const auto stages = [] { return std::vector<Api::StageProgress>{{.stage = 1, .connected = true, .load_percent = 40}}; };
+  TestHead head({.api = {.workers = 2, .version = "test", .recovery_hold = std::chrono::milliseconds(300)}, .probes = {.stages = stages}});
   auto client = head.Connect();
   EXPECT_EQ(client.Get("/ready").status, 200);
   head.stages.LoseGroup();
@@ -425,6 +426,7 @@ TEST(Readiness, IsHeldForAWhileSoThatNobodyIsRefusedWhileALostStageComesBack) {
   const auto held = client.Get("/ready");
   EXPECT_EQ(held.status, 200);
   EXPECT_EQ(held.Json()["reason"], "stage 1 was lost");
+  EXPECT_EQ(held.Json()["stages"][0]["load_percent"], 40) << "whoever asks how far it is learns that now too";
   for (int i = 0; i < 5000 && client.Get("/ready").status == 200; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   EXPECT_EQ(client.Get("/ready").status, 503) << "it does not come back: others shall have the requests";
   head.stages.Announce();

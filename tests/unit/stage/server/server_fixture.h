@@ -317,6 +317,7 @@ class Client {
 struct HeadOptions {
   HttpServer::Options http;
   Api::Options api{.workers = 2, .version = "test"};
+  Api::Probes probes;
   engine::Engine::Options engine{.queue_capacity = 256};
   std::string api_keys;
   std::set<std::string> image_hosts;
@@ -331,6 +332,7 @@ class TestHead {
         keys(options.api_keys.empty() ? ApiKeys() : std::move(ApiKeys::Parse(options.api_keys)).value()),
         metrics(registry, "tiny"),
         api(options.api, {.assets = *assets, .engine = engine, .metrics = metrics, .clock = clock, .fetcher = fetcher, .keys = keys}) {
+    api.set_probes(std::move(options.probes));
     if (!group) stages.Pause(true);
     thread.emplace(engine, clock);
     options.http.address = "127.0.0.1";
