@@ -357,8 +357,7 @@ Result<std::unique_ptr<EdgeSender>> DialEdge(const Endpoint& endpoint, const Sec
     const bool final = code == StatusCode::kFailedPrecondition || code == StatusCode::kUnauthenticated ||
                        code == StatusCode::kCancelled || code == StatusCode::kInvalidArgument;
     if (final || std::chrono::steady_clock::now() + backoff >= deadline) {
-      const Status& why = final ? socket.status() : refusal;
-      return why.WithContext("stage " + std::to_string(identity.to) + " at " + ToString(endpoint));
+      return refusal.WithContext("stage " + std::to_string(identity.to) + " at " + ToString(endpoint));
     }
     RETURN_IF_ERROR(SleepUntil(DeadlineIn(backoff), interrupt));
   }
