@@ -3,7 +3,6 @@ docs/install.md says, the digits pipeline on it, and a watch that goes on beside
 
 Run by ctest with E2E_PROGRAMS="HEAD STAGE CONTROLLER" and TORCH_SITE in the environment.
 """
-import base64
 import fcntl
 import json
 import os
@@ -18,10 +17,11 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests/cluster"), str(ROOT / "tests/chart")]
+sys.path[:0] = [str(ROOT / "tests/cluster"), str(ROOT / "tests/chart"), str(ROOT / "tests")]
 import cluster as kube  # noqa: E402
 import image  # noqa: E402
 import nodes as real  # noqa: E402
+from digits import DIRECT, pictures, question  # noqa: E402
 from helm_chart import CHART, tool  # noqa: E402
 
 SLOWNESS = float(os.environ.get("SLOWNESS", "1"))  # of programs that are built with a sanitizer: every limit is so much longer
@@ -30,9 +30,7 @@ PROXY_S = 30  # for kube-proxy to hear of a pod on such a machine; an idle one n
 VERSION, NEXT = "0.1.0", "0.1.1"  # the chart's appVersion, which is the tag that it asks for; and the same images under a tag to upgrade to
 SKIPPED = 77  # ctest's SKIP_RETURN_CODE of these tests
 PIPELINES = "/apis/qwenpipeline.dev/v1alpha1"
-DIGITS = ROOT / "docs/examples/digits"
 OWNED = "pods,services,secrets,networkpolicies,poddisruptionbudgets,jobs,configmaps,endpointslices"
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def capable_or_exit():
@@ -67,19 +65,6 @@ def make_images(folder):
             image.archive(out, [f"localhost/{program.name}:{tag}" for tag in (VERSION, NEXT)], root, user="65532:65532", entrypoint=[f"/usr/local/bin/{program.name}"])
             shutil.rmtree(root)
     return made
-
-
-def pictures():
-    """[(file, what transformers answers)]: handwritten digits that the model was never trained on."""
-    known = json.loads((DIGITS / "held_out.json").read_text())
-    answers = dict(zip(known["index"], known["answer"]))
-    return [(file, answers[int(file.name[:4])]) for file in sorted(DIGITS.glob("[0-9]*.png"))]
-
-
-def question(file):
-    picture = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
-    return {"model": "digits", "temperature": 0, "max_tokens": 16, "messages": [{"role": "user", "content": [
-        {"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "Which digit is this?"}]}]}
 
 
 def post(url, body, timeout=60):

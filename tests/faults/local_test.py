@@ -4,51 +4,21 @@ asks meanwhile is answered, and the other processes are the ones that they were.
 
 usage: local_test.py QWENCTL
 """
-import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests/parity"))
-from served import Pipeline, data_url  # noqa: E402
+sys.path[:0] = [str(ROOT / "tests/parity"), str(ROOT / "tests")]
+from digits import DIGITS, Stream, question  # noqa: E402
+from served import Pipeline  # noqa: E402
 
-DIGITS = ROOT / "docs/examples/digits"
 TOKENS, STREAMS = 500, 3
-
-
-def body(file, **more):
-    return {"model": "digits", "temperature": 0, "messages": [{"role": "user", "content": [
-        {"type": "image_url", "image_url": {"url": data_url(file)}}, {"type": "text", "text": "Which digit is this?"}]}], **more}
-
-
-class Stream:
-    def __init__(self, pipeline, file):
-        self.pieces, self.error = [], None
-        self.thread = threading.Thread(target=self.run, args=(pipeline.url, body(file, max_tokens=TOKENS, ignore_eos=True, stream=True)), daemon=True)
-        self.thread.start()
-
-    def run(self, url, question):
-        try:
-            request = urllib.request.Request(url + "/v1/chat/completions", json.dumps(question).encode(), {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                for line in answer:
-                    if line.startswith(b"data: {"):
-                        choices = json.loads(line[6:]).get("choices") or [{}]
-                        self.pieces.append(choices[0].get("delta", {}).get("content") or "")
-        except Exception as e:  # told with the text
-            self.error = repr(e)
-
-    def text(self):
-        self.thread.join(150)
-        return "".join(self.pieces) if self.error is None else f"broken off after {len(self.pieces)} pieces: {self.error}"
 
 
 def children(pipeline):
@@ -75,19 +45,19 @@ def main():
     manifest["spec"]["restart"] = {"backoffSeconds": 1}
     files = sorted(DIGITS.glob("[0-9]*.png"))[:STREAMS]
     with Pipeline(sys.argv[1], manifest) as pipeline:
-        undisturbed = [stream.text() for stream in [Stream(pipeline, file) for file in files]]
+        undisturbed = [stream.text() for stream in [Stream(pipeline.url, file, TOKENS) for file in files]]
         check(f"{STREAMS} streams of {TOKENS} tokens, undisturbed", all(len(t) > 100 and "broken" not in t for t in undisturbed), undisturbed)
-        short = pipeline.post("/v1/chat/completions", body(files[0], max_tokens=16))["choices"][0]["message"]["content"]
+        short = pipeline.post("/v1/chat/completions", question(files[0]))["choices"][0]["message"]["content"]
         for story, lost in (("the first stage", ["stage-0"]), ("the last one", ["stage-3"]), ("two at once", ["stage-1", "stage-2"])):
             before = children(pipeline)
-            streams = [Stream(pipeline, file) for file in files]
+            streams = [Stream(pipeline.url, file, TOKENS) for file in files]
             patience = time.monotonic() + 60
             while min(len(s.pieces) for s in streams) < 20 and time.monotonic() < patience:
                 time.sleep(0.01)
             for name in lost:
                 os.kill(before[name], signal.SIGKILL)
             far = [len(s.pieces) for s in streams]
-            meanwhile = pipeline.post("/v1/chat/completions", body(files[0], max_tokens=16), timeout=60)["choices"][0]["message"]["content"]
+            meanwhile = pipeline.post("/v1/chat/completions", question(files[0]), timeout=60)["choices"][0]["message"]["content"]
             check(f"killed: {story}, {far} of {TOKENS} pieces into three streams: each ends as it does undisturbed", [s.text() for s in streams] == undisturbed,
                   [s.text()[-200:] for s in streams])
             check("who asks meanwhile is answered the same", meanwhile == short, (meanwhile, short))

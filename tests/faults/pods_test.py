@@ -6,18 +6,17 @@ After each the digits are answered right again under a new epoch; while they go 
 wrong; at no time two groups of one epoch (world.Invariants); in the end no orphan. A stage that is killed costs no request: streams that
 were on their way go on, byte for byte what they are when nothing happens, and who asks meanwhile waits and is answered.
 """
-import json
 import os
 import signal
 import sys
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests/e2e"))
-from world import DIRECT, Asker, World, pictures, question  # noqa: E402
+sys.path[:0] = [str(ROOT / "tests/e2e"), str(ROOT / "tests")]
+from digits import Stream, pictures  # noqa: E402
+from world import Asker, World  # noqa: E402
 
 NS = "models"
 NAME = "digits"
@@ -50,36 +49,11 @@ class Hung:
         world.within("deleted: nothing is left", 60, lambda: not world.left(NS, "slow"), lambda: world.left(NS, "slow"))
 
 
-class Stream:
-    """One streamed answer of `tokens` tokens through the Service, read as it comes."""
-
-    def __init__(self, world, file, tokens):
-        self.pieces, self.error, self.done = [], None, False
-        address = world.call(f"/api/v1/namespaces/{NS}/services/{NAME}")["spec"]["clusterIP"]
-        body = {**question(file), "max_tokens": tokens, "ignore_eos": True, "stream": True}
-        node = next(n for n in world.cluster.nodes_of() if world.cluster.pid(n.name))
-        self.thread = threading.Thread(target=lambda: self.run(node, f"http://{address}:8000/v1/chat/completions", body), daemon=True)
-        self.thread.start()
-
-    def run(self, node, url, body):
-        try:
-            node.inside(lambda: self.read(url, body))
-        except Exception as e:  # told by the check that wants the text
-            self.error = repr(e)
-
-    def read(self, url, body):
-        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with DIRECT.open(request, timeout=90) as answer:
-            for line in answer:
-                if line.startswith(b"data: [DONE]"):
-                    self.done = True
-                elif line.startswith(b"data: "):
-                    choices = json.loads(line[6:]).get("choices") or [{}]
-                    self.pieces.append(choices[0].get("delta", {}).get("content") or "")
-
-    def text(self):
-        self.thread.join(120)
-        return "".join(self.pieces) if self.done and not self.error else f"broken off after {len(self.pieces)} pieces: {self.error}"
+def stream(world, file, tokens):
+    """Through the Service, from one of the nodes."""
+    address = world.call(f"/api/v1/namespaces/{NS}/services/{NAME}")["spec"]["clusterIP"]
+    node = next(n for n in world.cluster.nodes_of() if world.cluster.pid(n.name))
+    return Stream(f"http://{address}:8000", file, tokens, inside=node.inside)
 
 
 class Faults:
@@ -114,9 +88,9 @@ class Faults:
         """No request is lost or answered otherwise, and nobody else's weights are."""
         world, epoch, before = self.world, self.world.epoch(NS, NAME), self.uids()
         files, tokens = [file for file, _ in pictures()[:3]], 700
-        undisturbed = [Stream(world, file, tokens).text() for file in files]
+        undisturbed = [stream(world, file, tokens).text() for file in files]
         world.check("three streams, undisturbed", all(len(text) > 100 and "broken off" not in text for text in undisturbed), undisturbed)
-        streams = [Stream(world, file, tokens) for file in files]
+        streams = [stream(world, file, tokens) for file in files]
         world.within("the same streams are on their way", 30, lambda: all(len(s.pieces) > 20 for s in streams), lambda: [(len(s.pieces), s.error) for s in streams])
         killed = self.pod("stage-2")
         os.kill(world.process(killed)[1], signal.SIGKILL)
