@@ -4,6 +4,7 @@
 #include <c10/core/InferenceMode.h>
 
 #include "stage/ops/norm.h"
+#include "stage/weights/guarded.h"
 
 namespace qwen::model {
 namespace {
@@ -41,18 +42,6 @@ std::string Sizes(const at::Tensor& tensor) {
   return text + ") " + c10::toString(tensor.scalar_type());
 }
 
-// Library exceptions stop here.
-template <typename F>
-auto Guarded(const char* what, F&& body) -> decltype(body()) {
-  try {
-    return body();
-  } catch (const c10::OutOfMemoryError& error) {
-    return ResourceExhaustedError(std::string(what) + ": " + error.what_without_backtrace());
-  } catch (const c10::Error& error) {
-    return InternalError(std::string(what) + ": " + error.what_without_backtrace());
-  }
-}
-
 }  // namespace
 
 StageModel::StageModel(const contract::ModelShape& shape, const StageModelOptions& options)
@@ -77,7 +66,7 @@ Result<std::unique_ptr<StageModel>> StageModel::Create(const contract::ModelShap
                                                        const weights::TensorMap& tensors) {
   RETURN_IF_ERROR(CheckOptions(shape, options));
   std::unique_ptr<StageModel> model(new StageModel(shape, options));
-  RETURN_IF_ERROR(Guarded("binding weights and KV cache", [&]() -> Status {
+  RETURN_IF_ERROR(weights::Guarded("binding weights and KV cache", [&]() -> Status {
     c10::InferenceMode inference;
     return model->Bind(tensors);
   }));
@@ -135,7 +124,7 @@ Status StageModel::AddVision(const step::VisionInput& input) {
   if (vision_tokens_ - replaced + tokens > options_.vision_tokens_max) {
     return ResourceExhaustedError("vision features: more than " + std::to_string(options_.vision_tokens_max) + " tokens");
   }
-  return Guarded("vision tower", [&]() -> Status {
+  return weights::Guarded("vision tower", [&]() -> Status {
     c10::InferenceMode inference;
     ASSIGN_OR_RETURN(at::Tensor features, encoder_(input));
     QP_CHECK(features.dim() == 3 && features.size(0) == 1 + shape_.deepstack_count() && features.size(1) == tokens &&
@@ -193,7 +182,7 @@ Status StageModel::CheckInput(const step::StepPlan& plan, const StageActivations
 
 Result<StageOutput> StageModel::Forward(const step::StepPlan& plan, const StageActivations& input) {
   if (!first()) RETURN_IF_ERROR(CheckInput(plan, input));
-  return Guarded("forward", [&]() -> Result<StageOutput> {
+  return weights::Guarded("forward", [&]() -> Result<StageOutput> {
     c10::InferenceMode inference;
     return ForwardOrThrow(plan, input);
   });
@@ -214,7 +203,7 @@ void StageModel::RunAhead(const step::StepPlan& done, std::span<const step::Samp
   std::optional<step::StepPlan> next = NextDecode(done, samples, options_.block_tokens, most);
   if (!next) return;
   // A fault of the device is the next Forward's to report.
-  (void)Guarded("run ahead", [&]() -> Status {
+  (void)weights::Guarded("run ahead", [&]() -> Status {
     c10::InferenceMode inference;
     ASSIGN_OR_RETURN(StageOutput output, backend_->Decode(*next, {}));
     ahead_ = Ahead{std::move(*next), std::move(output.logits)};

@@ -373,7 +373,7 @@ Status Checkpoint::ReadAll(const StageTensors& weights, const ReadAllOptions& op
         const int64_t count = std::min(kReadChunkBytes, entry.bytes - begin);
         Status status = ReadRange(entry, begin, memory.subspan(static_cast<size_t>(begin), static_cast<size_t>(count)));
         std::lock_guard<std::mutex> lock(mutex);
-        if (status.ok() && options.progress) status = options.progress(done += count, weights.report.bytes);
+        if (status.ok() && first_error.ok() && options.progress) status = options.progress(done += count, weights.report.bytes);
         if (!status.ok()) {
           if (first_error.ok()) first_error = status;
           next = entry.bytes;

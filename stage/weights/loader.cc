@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "stage/weights/fp8.h"
+#include "stage/weights/guarded.h"
 #include "stage/weights/stream_loader.h"
 
 namespace qwen::weights {
@@ -81,7 +82,7 @@ Result<TensorMap> LoadTensors(Checkpoint& checkpoint, const contract::ModelShape
   if (options.method == LoadMethod::kOverlapped || (options.method == LoadMethod::kAuto && options.device.is_cpu())) {
     return StreamTensors(checkpoint, shape, found, options);
   }
-  try {
+  return Guarded("loading weights", [&]() -> Result<TensorMap> {
     Loading loading(shape, options);
     Checkpoint::ReadAllOptions read;
     read.place = [&](const Entry& entry) { return loading.Place(entry); };
@@ -90,15 +91,11 @@ Result<TensorMap> LoadTensors(Checkpoint& checkpoint, const contract::ModelShape
     read.threads = options.threads;
     RETURN_IF_ERROR(checkpoint.ReadAll(found, read));
     return loading.Finish(found);
-  } catch (const c10::OutOfMemoryError& error) {
-    return ResourceExhaustedError(std::string("weights do not fit: ") + error.what_without_backtrace());
-  } catch (const c10::Error& error) {
-    return InternalError(std::string("loading weights: ") + error.what_without_backtrace());
-  }
+  });
 }
 
 Result<TensorMap> RandomTensors(const contract::ModelShape& shape, const LoadOptions& options, uint64_t seed) {
-  try {
+  return Guarded("random weights", [&]() -> Result<TensorMap> {
     c10::InferenceMode inference;
     TensorMap tensors;
     for (const Slot& slot : StageSlots(shape, options.spec)) {
@@ -123,11 +120,7 @@ Result<TensorMap> RandomTensors(const contract::ModelShape& shape, const LoadOpt
     }
     if (options.spec.last() && shape.tie_embeddings && options.spec.first()) tensors["lm_head.weight"] = tensors.at("embed_tokens.weight");
     return tensors;
-  } catch (const c10::OutOfMemoryError& error) {
-    return ResourceExhaustedError(std::string("random weights: ") + error.what_without_backtrace());
-  } catch (const c10::Error& error) {
-    return InternalError(std::string("random weights: ") + error.what_without_backtrace());
-  }
+  });
 }
 
 }  // namespace qwen::weights

@@ -256,8 +256,8 @@ class Reading {
     std::lock_guard<std::mutex> lock(mutex_);
     stats_.bytes += flight.request->bytes;
     if (flight.direct) stats_.direct_bytes += flight.request->bytes;
-    if (!error_.ok()) return OkStatus();
-    return options_.progress ? options_.progress(stats_.bytes) : OkStatus();
+    if (options_.progress && error_.ok()) error_ = options_.progress(stats_.bytes);  // here: another lane must not ask once more
+    return error_;
   }
 
   void Fail(const Status& status) {

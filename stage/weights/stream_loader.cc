@@ -11,6 +11,7 @@
 #include <optional>
 
 #include "stage/base/log.h"
+#include "stage/weights/guarded.h"
 #include "stage/weights/place_rows.h"
 
 namespace qwen::weights {
@@ -102,28 +103,22 @@ class Streaming final : public ReadSink {
       PlaceRows(p.target, stored, part.entry_offset / p.row_bytes, bytes);
       return OkStatus();
     }
-    try {
+    return Guarded("loading weights", [&]() -> Status {
       c10::InferenceMode inference;
       std::optional<c10::StreamGuard> guard;
       if (stream_) guard.emplace(*stream_);
       PlaceOnDevice(p, stored, part.entry_offset, bytes);
       if (stream_) events_[static_cast<size_t>(buffer)].record(*stream_);
       return OkStatus();
-    } catch (const c10::OutOfMemoryError& error) {
-      return ResourceExhaustedError(std::string("weights do not fit: ") + error.what_without_backtrace());
-    } catch (const c10::Error& error) {
-      return InternalError(std::string("loading weights: ") + error.what_without_backtrace());
-    }
+    });
   }
 
   Status Settle(int32_t buffer) override {
     if (!stream_) return OkStatus();
-    try {
+    return Guarded("loading weights", [&]() -> Status {
       events_[static_cast<size_t>(buffer)].synchronize();  // of a buffer that was not handed on yet: at once
       return OkStatus();
-    } catch (const c10::Error& error) {
-      return InternalError(std::string("loading weights: ") + error.what_without_backtrace());
-    }
+    });
   }
 
   Result<std::byte*> Ring(size_t bytes) override {
@@ -213,7 +208,7 @@ class Streaming final : public ReadSink {
 Result<TensorMap> StreamTensors(const Checkpoint& checkpoint, const contract::ModelShape& shape, const StageTensors& found, const LoadOptions& options,
                                 const StreamOptions& stream) {
   c10::InferenceMode inference;
-  try {
+  return Guarded("loading weights", [&]() -> Result<TensorMap> {
     const auto start = std::chrono::steady_clock::now();
     Streaming sink(found, options, stream);
     RETURN_IF_ERROR(sink.Allocate(shape));
@@ -238,11 +233,7 @@ Result<TensorMap> StreamTensors(const Checkpoint& checkpoint, const contract::Mo
     log::Info("weights read", {{"bytes", total.bytes}, {"seconds", seconds}, {"past_the_page_cache", total.direct_bytes},
                                {"io_uring_threads", total.uring_lanes}, {"ring_mib", total.ring_bytes >> 20}});
     return tensors;
-  } catch (const c10::OutOfMemoryError& error) {
-    return ResourceExhaustedError(std::string("weights do not fit: ") + error.what_without_backtrace());
-  } catch (const c10::Error& error) {
-    return InternalError(std::string("loading weights: ") + error.what_without_backtrace());
-  }
+  });
 }
 
 }  // namespace qwen::weights

@@ -17,6 +17,27 @@ struct Variant {
   int rows;  // of the weight matrix a block takes (gate rows for gate-up)
 };
 
+// Tokens that are routed, and room for what becomes of them.
+struct RoutedNoise {
+  explicit RoutedNoise(const MoeShapeArgs& shape)
+      : x(size_t(shape.tokens) * shape.hidden), logits(size_t(shape.tokens) * shape.experts), h(size_t(shape.tokens) * shape.top_k * shape.inter),
+        out(size_t(shape.tokens) * shape.top_k * shape.hidden), weight(size_t(shape.tokens) * shape.top_k), expert(weight.count()), order(weight.count()),
+        group(shape.experts) {
+    FillNoise(x.get(), x.count(), 1.0f, 3, nullptr);
+    FillNoise(h.get(), h.count(), 1.0f, 4, nullptr);
+    FillNoise(logits.get(), logits.count(), 1.0f, 5, nullptr);
+    CUDA_MUST(MoeRoute(shape, logits.get(), routing, true, nullptr));
+    CUDA_MUST(cudaDeviceSynchronize());
+    for (const int4& g : group.Download()) active += g.x >= 0;
+  }
+
+  DeviceBuffer<__nv_bfloat16> x, logits, h, out, weight;
+  DeviceBuffer<int32_t> expert, order;
+  DeviceBuffer<int4> group;
+  MoeRouting routing{expert.get(), weight.get(), group.get(), order.get()};
+  int active = 0;  // experts
+};
+
 TEST(MoeVariants, Speed) {
   const Variant gate_up[] = {{"1,4,1,2", MoeGateUpKernel<1, 4, 1, 2>, 16}, {"1,8,1,2", MoeGateUpKernel<1, 8, 1, 2>, 16}, {"1,4,1,3", MoeGateUpKernel<1, 4, 1, 3>, 16},
                              {"1,4,2,2", MoeGateUpKernel<1, 4, 2, 2>, 32}, {"2,4,1,2", MoeGateUpKernel<2, 4, 1, 2>, 16}, {"2,2,2,2", MoeGateUpKernel<2, 2, 2, 2>, 32},
@@ -33,25 +54,15 @@ TEST(MoeVariants, Speed) {
     FillNoise(wd.get(), wd.count(), 0.02f, 2, nullptr);
     for (const int tokens : {1, 8, 16, 32, 64, 128, 256}) {
       const MoeShapeArgs shape{tokens, hidden, inter, 128, 8};
-      DeviceBuffer<__nv_bfloat16> x(size_t(tokens) * hidden), logits(size_t(tokens) * 128), h(size_t(tokens) * 8 * inter), out(size_t(tokens) * 8 * hidden), weight(size_t(tokens) * 8);
-      FillNoise(x.get(), x.count(), 1.0f, 3, nullptr);
-      FillNoise(h.get(), h.count(), 1.0f, 4, nullptr);
-      FillNoise(logits.get(), logits.count(), 1.0f, 5, nullptr);
-      DeviceBuffer<int32_t> expert(size_t(tokens) * 8), order(size_t(tokens) * 8);
-      DeviceBuffer<int4> group(128);
-      const MoeRouting routing{expert.get(), weight.get(), group.get(), order.get()};
-      CUDA_OK(MoeRoute(shape, logits.get(), routing, true, nullptr));
-      CUDA_OK(cudaDeviceSynchronize());
-      int active = 0;
-      for (const int4& g : group.Download()) active += g.x >= 0;
+      const RoutedNoise noise(shape);
       MoeStreamWeights streams[layers];
       for (int l = 0; l < layers; ++l) {
         CUDA_OK(MakeMoeStreamWeights(shape, wg.get() + size_t(l) * 128 * 2 * inter * hidden, wd.get() + size_t(l) * 128 * inter * hidden, &streams[l]));
       }
       for (const bool up : {true, false}) {
-        const double bytes = double(active) * (up ? 4.0 : 2.0) * hidden * inter;
+        const double bytes = double(noise.active) * (up ? 4.0 : 2.0) * hidden * inter;
         const double streamed = TimeGraph([&](int call, cudaStream_t s) {
-          CUDA_MUST(up ? MoeStreamGateUp(shape, x.get(), streams[call % layers], routing, h.get(), s) : MoeStreamDown(shape, h.get(), streams[call % layers], routing, out.get(), s));
+          CUDA_MUST(up ? MoeStreamGateUp(shape, noise.x.get(), streams[call % layers], noise.routing, noise.h.get(), s) : MoeStreamDown(shape, noise.h.get(), streams[call % layers], noise.routing, noise.out.get(), s));
         }, 8);
         PrintRow(std::string(up ? "gate_up." : "down.") + model + ".tokens" + std::to_string(tokens) + ".stream", streamed, bytes);
         const Variant* list = up ? gate_up : down;
@@ -62,7 +73,7 @@ TEST(MoeVariants, Speed) {
           const LaunchShape launch = {.grid = dim3(rows / v.rows, ActiveMax(shape)), .block = dim3(kWarps * 32)};
           const double seconds = TimeGraph([&](int call, cudaStream_t s) {
             const __nv_bfloat16* w = up ? wg.get() + size_t(call % layers) * 128 * 2 * inter * hidden : wd.get() + size_t(call % layers) * 128 * inter * hidden;
-            CUDA_MUST(Launch(v.kernel, launch, s, shape, up ? x.get() : h.get(), w, routing, up ? h.get() : out.get()));
+            CUDA_MUST(Launch(v.kernel, launch, s, shape, up ? noise.x.get() : noise.h.get(), w, noise.routing, up ? noise.h.get() : noise.out.get()));
           }, 8);
           PrintRow(std::string(up ? "gate_up." : "down.") + model + ".tokens" + std::to_string(tokens) + "." + v.name, seconds, bytes);
         }
@@ -88,17 +99,7 @@ TEST(MoeVariants, SpeedFp8) {
     const Fp8Weights wg = NoiseFp8(rows_up * layers, hidden, 0.02f, 1), wd = NoiseFp8(rows_down * layers, inter, 0.02f, 2);
     for (const int tokens : {1, 8, 16, 32, 64, 128, 256}) {
       const MoeShapeArgs shape{tokens, hidden, inter, 128, 8};
-      DeviceBuffer<__nv_bfloat16> x(size_t(tokens) * hidden), logits(size_t(tokens) * 128), h(size_t(tokens) * 8 * inter), out(size_t(tokens) * 8 * hidden), weight(size_t(tokens) * 8);
-      FillNoise(x.get(), x.count(), 1.0f, 3, nullptr);
-      FillNoise(h.get(), h.count(), 1.0f, 4, nullptr);
-      FillNoise(logits.get(), logits.count(), 1.0f, 5, nullptr);
-      DeviceBuffer<int32_t> expert(size_t(tokens) * 8), order(size_t(tokens) * 8);
-      DeviceBuffer<int4> group(128);
-      const MoeRouting routing{expert.get(), weight.get(), group.get(), order.get()};
-      CUDA_OK(MoeRoute(shape, logits.get(), routing, true, nullptr));
-      CUDA_OK(cudaDeviceSynchronize());
-      int active = 0;
-      for (const int4& g : group.Download()) active += g.x >= 0;
+      const RoutedNoise noise(shape);
       for (const bool up : {true, false}) {
         const size_t rows = up ? rows_up : rows_down, columns = up ? hidden : inter;
         const Fp8Weights& w = up ? wg : wd;
@@ -107,9 +108,9 @@ TEST(MoeVariants, SpeedFp8) {
           const double seconds = TimeGraph([&](int call, cudaStream_t s) {
             const size_t at = size_t(call % layers) * rows;
             const Fp8Matrix matrix{w.codes.get() + at * columns, w.scales.get() + at / kFp8Block * Fp8ScaleStride(static_cast<int>(columns))};
-            CUDA_MUST(Launch(v.kernel, launch, s, shape, up ? x.get() : h.get(), matrix, routing, up ? h.get() : out.get()));
+            CUDA_MUST(Launch(v.kernel, launch, s, shape, up ? noise.x.get() : noise.h.get(), matrix, noise.routing, up ? noise.h.get() : noise.out.get()));
           }, 8);
-          PrintRow(std::string(up ? "fp8.gate_up." : "fp8.down.") + model + ".tokens" + std::to_string(tokens) + "." + v.name, seconds, double(active) * (up ? 2.0 : 1.0) * hidden * inter);
+          PrintRow(std::string(up ? "fp8.gate_up." : "fp8.down.") + model + ".tokens" + std::to_string(tokens) + "." + v.name, seconds, double(noise.active) * (up ? 2.0 : 1.0) * hidden * inter);
         }
       }
     }

@@ -17,7 +17,7 @@ LIBRARIES = {
     "torch/torch.h": [],
     "ATen/": ["stage/weights/loader.h", "stage/weights/loader.cc", "stage/weights/stream_loader.cc", "stage/weights/fp8.h", "stage/weights/fp8.cc", "stage/ops", "stage/model", "stage/fused",
              "stage/vision", "stage/sampling", "stage/worker", "stage/main.cc", "tests"],
-    "c10/": ["stage/weights/loader.h", "stage/weights/loader.cc", "stage/weights/stream_loader.cc", "stage/ops", "stage/model", "stage/fused",
+    "c10/": ["stage/weights/loader.h", "stage/weights/guarded.h", "stage/weights/loader.cc", "stage/weights/stream_loader.cc", "stage/ops", "stage/model", "stage/fused",
              "stage/vision", "stage/sampling", "stage/worker", "stage/main.cc", "tests"],
     "torch/": ["stage/ops", "stage/model", "stage/vision", "stage/sampling", "stage/worker", "tests"],
     "nccl.h": ["stage/transport/nccl_edge.cc", "tests"],
