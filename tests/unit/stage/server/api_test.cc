@@ -418,7 +418,7 @@ TEST(Readiness, IsRefusedWhileLoadingAndQueuesWhileAGroupIsLost) {
 
 TEST(Readiness, IsHeldForAWhileSoThatNobodyIsRefusedWhileALostStageComesBack) {
   const auto stages = [] { return std::vector<Api::StageProgress>{{.stage = 1, .connected = true, .load_percent = 40}}; };
-  TestHead head({.api = {.workers = 2, .version = "test", .recovery_hold = std::chrono::milliseconds(300)}, .probes = {.stages = stages}});
+  TestHead head({.api = {.workers = 2, .version = "test", .recovery_hold = std::chrono::milliseconds(2000)}, .probes = {.stages = stages}});
   auto client = head.Connect();
   EXPECT_EQ(client.Get("/ready").status, 200);
   head.stages.LoseGroup();

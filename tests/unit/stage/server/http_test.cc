@@ -67,12 +67,14 @@ TEST(Http, AnswersPipelinedRequestsWhileTheFirstStreams) {
   });
   auto client = served.Connect();
   client.Send("GET /slow HTTP/1.1\r\nHost: t\r\n\r\n");
-  std::this_thread::sleep_for(milliseconds(20));
+  ASSERT_TRUE(Eventually([&] {
+    std::lock_guard<std::mutex> lock(mutex);
+    return held != nullptr;
+  }));
   client.Send("GET /next HTTP/1.1\r\nHost: t\r\n\r\n");  // read by the watch, kept for later
   std::this_thread::sleep_for(milliseconds(20));
   {
     std::lock_guard<std::mutex> lock(mutex);
-    ASSERT_TRUE(held);
     held->Send("data: 2\n\n");
     held->Finish();
     held.reset();
@@ -206,9 +208,7 @@ TEST(Http, BoundsConnectionsAndBodiesInFlight) {
   Served small({.body_bytes_in_flight_max = 1000});
   auto first = small.Connect();
   first.Send("POST / HTTP/1.1\r\nHost: t\r\nContent-Length: 900\r\n\r\n");
-  std::this_thread::sleep_for(milliseconds(50));
-  auto second = small.Connect();
-  EXPECT_EQ(second.Post("/", std::string(200, 'x')).status, 503);
+  EXPECT_TRUE(Eventually([&] { return small.Connect().Post("/", std::string(200, 'x')).status == 503; }));
   first.Send(std::string(900, 'y'));
   EXPECT_EQ(first.Read().status, 200);
   auto third = small.Connect();

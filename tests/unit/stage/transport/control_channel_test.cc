@@ -75,7 +75,7 @@ TEST(ControlChannel, AHalfOpenPeerIsNoticedBySilence) {
   EXPECT_EQ(message.status().code(), StatusCode::kDeadlineExceeded);
   EXPECT_NE(message.status().message().find("was silent for 200 ms"), std::string::npos);
   EXPECT_GE(waited, milliseconds(100));
-  EXPECT_LT(waited, milliseconds(900));
+  EXPECT_LT(waited, std::chrono::seconds(5));
   EXPECT_EQ(channel.Send(Message(Assembled{1})).code(), StatusCode::kDeadlineExceeded);  // sticky
 }
 
