@@ -77,7 +77,7 @@ struct GroupPlan {
   bool restarted = false;                  // because of a failure, as a whole or in part
   bool mended = false;                     // in part
   bool ready = false;                      // serves, under the wanted revision
-  bool draining = false;                   // a head finishes its requests: what it needs for that must stay
+  bool draining = false;                   // a head finishes its requests
   int32_t heads_ready = 0, stages_ready = 0;
   std::optional<Blocker> blocker;          // why it does not serve
   std::string failure;                     // a failure that was noticed just now; empty: none

@@ -232,9 +232,7 @@ Result<std::string> Revision(const api::QwenPipeline& pipeline, const Images& im
 
 std::vector<json> Children(const api::QwenPipeline& pipeline) {
   const auto port = [](const char* name, int32_t number) { return json{{"name", name}, {"port", number}, {"targetPort", name}, {"protocol", "TCP"}}; };
-  const json all = {{S(contract::kLabelPipeline), pipeline.metadata.name}};
-  json heads = all;
-  heads[S(contract::kLabelRole)] = S(contract::kRoleHead);
+  const json heads = {{S(contract::kLabelPipeline), pipeline.metadata.name}, {S(contract::kLabelRole), S(contract::kRoleHead)}};
   const int32_t api_port = pipeline.spec.server.port != 0 ? pipeline.spec.server.port : contract::kApiPort;
   std::vector<json> children = {
       Child(pipeline, "v1", "Service", ApiServiceName(pipeline), {{"selector", heads}, {"ports", {port("api", api_port)}}}),

@@ -58,9 +58,11 @@ Actions Reject(const Observed& observed, const std::string& error, int64_t now_s
   return actions;
 }
 
+void Wake(int64_t at_seconds, Actions& actions) { actions.wake_seconds = std::min(actions.wake_seconds.value_or(at_seconds), at_seconds); }
+
 void Remove(const GroupPlan& group, Actions& actions) {
   for (const ObservedPod* pod : group.remove) actions.delete_pods.push_back({pod->name, pod->uid, pod->node_state == NodeState::kGone});
-  if (group.wake_seconds) actions.wake_seconds = std::min(actions.wake_seconds.value_or(*group.wake_seconds), *group.wake_seconds);
+  if (group.wake_seconds) Wake(*group.wake_seconds, actions);
 }
 
 // Each group as on a scale down: its head finishes its requests, then its stages go. Services, Secret and the rest stay until then,
@@ -84,15 +86,15 @@ Actions Retire(const Observed& observed, int64_t now_seconds) {
   }
   actions.remove_finalizer = empty;
   if (empty) return actions;
-  // Told of a head that takes its time and of pods that outstay their grace: the rest is over before anybody reads it.
-  const auto wake = [&actions](int64_t at_seconds) { actions.wake_seconds = std::min(actions.wake_seconds.value_or(at_seconds), at_seconds); };
-  bool tell = draining && now_seconds >= observed.deleting_since_seconds + kTellSeconds;
-  if (draining && !tell) wake(observed.deleting_since_seconds + kTellSeconds);
-  for (const ObservedPod& pod : observed.pods) {
-    if (!pod.deleting || draining) continue;
-    tell |= now_seconds > pod.gone_by_seconds;
-    if (now_seconds <= pod.gone_by_seconds) wake(pod.gone_by_seconds + 1);
-  }
+  // Told of a refusal, of a head that takes its time and of pods that outstay their grace: the rest is over before anybody reads it.
+  bool tell = !observed.write_error.empty();
+  const auto tell_from = [&](int64_t at_seconds) {
+    tell |= now_seconds >= at_seconds;
+    if (now_seconds < at_seconds) Wake(at_seconds, actions);
+  };
+  if (draining) tell_from(observed.deleting_since_seconds + kTellSeconds);
+  for (const ObservedPod& pod : observed.pods)
+    if (pod.deleting && !draining) tell_from(pod.gone_by_seconds + 1);
   if (!tell) return actions;
   // When it says something new; that one pod after the other is gone need not be written for every pod.
   api::PipelineStatus status = MakeStatus(observed, groups, "", now_seconds);

@@ -99,9 +99,7 @@ Reconciler::Reconciler(kube::Transport& transport, kube::Client& client, kube::E
   const auto enqueue = [this](const ObjectKey& key, bool can_wait) {
     controller_.queue().Add(key, can_wait ? kube::Priority::kLow : kube::Priority::kNormal);
   };
-  ForEachStore([](auto& store) {
-    store.informer.store().AddIndex(kByUid, [](const auto& view) { return std::vector<std::string>{view.meta.uid}; });
-  });
+  pods_.informer.store().AddIndex(kByUid, [](const PodView& view) { return std::vector<std::string>{view.meta.uid}; });
   pipelines_.informer.AddHandler({.on_change = [enqueue](const auto& old, const auto& now, bool initial) { enqueue((now ? now : old)->meta.key, initial); }});
   const auto watch_children = [&](auto& children) {
     children.informer.store().AddIndex(kByOwner, [](const auto& view) { return OwnerUid(view); });
@@ -185,7 +183,7 @@ void Reconciler::Stop() {
 bool Reconciler::UpToDate(const ObjectKey& key) {
   const auto check = [&](auto& children) {
     const auto& store = children.informer.store();
-    const auto alive = [&](const std::string& uid) {
+    const auto alive = [&](const std::string& uid) {  // asked of pods alone: no deletion of anything else is awaited by its uid
       const auto found = store.ByIndex(kByUid, uid);
       return !found.empty() && !found.front()->meta.deleting;
     };

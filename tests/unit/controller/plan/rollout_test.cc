@@ -126,6 +126,16 @@ TEST(Deletion, WhatDoesNotServeGoesAtOnceAndNothingIsMadeOnTheWay) {
   EXPECT_EQ(MakePlan(fresh.observed, fresh.images, fresh.now).writes(fresh.observed), 0u);
 }
 
+TEST(Deletion, ARefusalIsToldAtOnce) {
+  World world;
+  world.Settle();
+  world.observed.deleting = true;
+  world.observed.deleting_since_seconds = world.now;
+  world.observed.write_error = "delete pod q-0-stage-0-1: denied by a webhook";
+  world.Step();
+  EXPECT_NE(world.ReadyMessage().find("denied by a webhook"), std::string::npos) << world.ReadyMessage();
+}
+
 TEST(Deletion, ADeadNodeDoesNotKeepThePipeline) {
   World world;
   world.Serve();
