@@ -1,5 +1,5 @@
 // stage_gpu: a stage on a GPU, in one process, with generated weights. Three jobs:
-//   stage_gpu check [fp8]  the fused backend against the reference backend on the same GPU: logits of prompts, chunks and mixed
+//   stage_gpu check [fp8] [NAME]  the fused backend against the reference backend on the same GPU: logits of prompts, chunks and mixed
 //                          plans, and greedy continuations; exit code 1 when a difference is no near-tie. With fp8: weights that
 //                          stay block FP8 against the reference on the same weights multiplied out
 //   stage_gpu profile SHAPE  one step of two layers for each of a few batches, between cudaProfilerStart and Stop (for ncu)
@@ -361,17 +361,22 @@ int Main(int argc, char** argv) {
   const std::string job = argc > 1 ? argv[1] : "";
   c10::InferenceMode inference;
   if (job == "check") {
-    const std::string format = argc > 2 && argv[2] == std::string("fp8") ? "-FP8" : "", suffix = format.empty() ? "" : "-fp8";
+    const std::vector<std::string> words(argv + 2, argv + argc);
+    const bool fp8 = std::find(words.begin(), words.end(), "fp8") != words.end();
+    const std::string format = fp8 ? "-FP8" : "", suffix = fp8 ? "-fp8" : "", only = words.empty() || words.back() == "fp8" ? "" : words.back();
     int failures = 0;
+    const auto check = [&](const std::string& name, const contract::ModelShape& shape) {
+      if (only.empty() || only == name) failures += Check(name + suffix, shape);
+    };
     contract::ModelShape moe = Text("Qwen3-VL-30B-A3B" + format);
     moe.layers = 4;
-    failures += Check("30b-4-layers" + suffix, moe);
+    check("30b-4-layers", moe);
     moe = Text("Qwen3-VL-235B-A22B" + format);
     moe.layers = 2;
-    failures += Check("235b-2-layers" + suffix, moe);
+    check("235b-2-layers", moe);
     contract::ModelShape dense = Text("Qwen3-VL-4B" + format);
     dense.layers = 4;
-    failures += Check("4b-4-layers" + suffix, dense);
+    check("4b-4-layers", dense);
     contract::ModelShape tiny = Text("Qwen3-VL-30B-A3B" + format);
     tiny.layers = 3;
     tiny.hidden = 512;
@@ -381,7 +386,7 @@ int Main(int argc, char** argv) {
     tiny.moe->experts = 32;
     tiny.moe->experts_per_token = 4;
     tiny.moe->intermediate = format.empty() ? 128 : 256;
-    failures += Check("tiny" + suffix, tiny);
+    check("tiny", tiny);
     return failures == 0 ? 0 : 1;
   }
   if (job == "bench" && argc > 2) {
@@ -403,7 +408,7 @@ int Main(int argc, char** argv) {
     Bench("profile", shape, {0, shape.layers}, 256 * 1024).Profile();
     return 0;
   }
-  std::fprintf(stderr, "usage: stage_gpu check [fp8] | stage_gpu profile SHAPE | stage_gpu bench SHAPE [BEGIN:END]\n");
+  std::fprintf(stderr, "usage: stage_gpu check [fp8] [30b-4-layers|235b-2-layers|4b-4-layers|tiny] | stage_gpu profile SHAPE | stage_gpu bench SHAPE [BEGIN:END]\n");
   return 64;
 }
 
