@@ -5,7 +5,10 @@
 #include <limits>
 #include <numeric>
 
+#include "stage/base/check.h"
+#include "stage/kernels/common/sampling_weight.h"
 #include "stage/sampling/philox.h"
+#include "stage/sampling/weights.h"
 
 namespace qwen::sampling {
 namespace {
@@ -46,19 +49,20 @@ void BanRepeatedNgrams(std::span<float> logits, const std::vector<int32_t>& toke
   }
 }
 
-// A token that may still be drawn, with its weight exp(l - max).
+// A token that may still be drawn. Those that weigh nothing never are, and are left out from the start: whatever a truncation
+// would say of them, the sums stay the same.
 struct Candidate {
   int32_t token;
   float logit;
-  double weight;
+  uint64_t weight;
 };
 
 bool MoreLikely(const Candidate& a, const Candidate& b) {
   return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
 }
 
-double Total(const std::vector<Candidate>& candidates) {
-  double total = 0;
+uint64_t Total(const std::vector<Candidate>& candidates) {
+  uint64_t total = 0;
   for (const Candidate& candidate : candidates) total += candidate.weight;
   return total;
 }
@@ -73,19 +77,19 @@ void KeepTopK(std::vector<Candidate>& candidates, int32_t k) {
 
 // Keeps the most likely ones until their mass reaches top_p.
 void KeepTopP(std::vector<Candidate>& candidates, float top_p) {
-  if (top_p >= 1.0f) return;
+  const uint64_t fraction = kernels::TopPFraction(top_p);
+  if (fraction == kernels::kNoTopP) return;
   std::sort(candidates.begin(), candidates.end(), MoreLikely);
-  const double wanted = static_cast<double>(top_p) * Total(candidates);
-  double before = 0;
+  const uint64_t wanted = kernels::WantedMass(fraction, Total(candidates));
+  uint64_t before = 0;
   size_t keep = 0;
-  while (keep < candidates.size() && (keep == 0 || before < wanted)) before += candidates[keep++].weight;
+  while (keep < candidates.size() && before < wanted) before += candidates[keep++].weight;
   candidates.resize(keep);
 }
 
 void KeepMinP(std::vector<Candidate>& candidates, float min_p) {
-  if (min_p <= 0.0f) return;
-  // Weights are relative to the maximum, whose own is 1: p >= min_p * max p is weight >= min_p.
-  std::erase_if(candidates, [&](const Candidate& c) { return c.weight < static_cast<double>(min_p); });
+  const uint64_t least = kernels::MinPWeight(min_p);  // weights are relative to the maximum's own
+  std::erase_if(candidates, [&](const Candidate& c) { return c.weight < least; });
 }
 
 }  // namespace
@@ -137,30 +141,32 @@ Result<int32_t> Choose(std::span<float> logits, const step::SamplingParams& para
     if (best == nullptr || logit > *best) best = &logit;  // strictly: the lowest id wins
   }
   if (best == nullptr || *best == kBanned) return InvalidArgumentError("sampling: no token is allowed");
-  if (params.temperature == 0.0f || std::isinf(*best)) return static_cast<int32_t>(best - logits.data());
+  const auto token = static_cast<int32_t>(best - logits.data());
+  if (params.temperature == 0.0f || std::isinf(*best)) return token;
 
   const float maximum = *best / params.temperature;
-  std::vector<Candidate> candidates;
-  candidates.reserve(logits.size());
-  for (size_t i = 0; i < logits.size(); ++i) {
-    const float scaled = logits[i] / params.temperature;
-    if (scaled == kBanned) continue;
-    candidates.push_back({static_cast<int32_t>(i), scaled, std::exp(static_cast<double>(scaled) - maximum)});
-  }
   // A temperature near 0 overflows the division; what is left is the greedy choice.
-  if (candidates.empty() || std::isinf(maximum)) return static_cast<int32_t>(best - logits.data());
+  if (std::isinf(maximum)) return token;
+  for (float& logit : logits) logit /= params.temperature;
+  std::vector<uint64_t> weights(logits.size());
+  WeighRow(logits, maximum, weights);
+  std::vector<Candidate> candidates;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    if (weights[i] > 0) candidates.push_back({static_cast<int32_t>(i), logits[i], weights[i]});
+  }
   KeepTopK(candidates, params.top_k);
   KeepTopP(candidates, params.top_p);
   KeepMinP(candidates, params.min_p);
   std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
 
-  const double target = UniformDraw(params.seed, static_cast<uint64_t>(output_index)) * Total(candidates);
-  double sum = 0;
+  const uint64_t target = kernels::DrawnUnit(UniformBits(params.seed, static_cast<uint64_t>(output_index)), Total(candidates));
+  uint64_t sum = 0;
   for (const Candidate& candidate : candidates) {
     sum += candidate.weight;
     if (sum > target) return candidate.token;
   }
-  return candidates.back().token;  // u * total can equal the sum through rounding
+  QP_CHECK(false) << "a draw beyond the total of " << sum;
+  return token;
 }
 
 void FillLogprobs(std::span<const float> raw, int32_t top, step::SampledToken& result) {

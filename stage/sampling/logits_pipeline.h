@@ -12,9 +12,10 @@
 //   8 top_p                 by descending l (equal: lower id first), keeps a token while the probability mass before it
 //                           is < top_p; the first always stays
 //   9 min_p                 keeps p >= min_p * max p
-//  10 draw                  u = UniformDraw(seed, output index); the first id in ascending order whose running sum of
-//                           exp(l - max) (double) exceeds u * total
-// Truncation probabilities are softmaxes over what the step before left, in double.
+//  10 draw                  u = UniformBits(seed, output index); the first id in ascending order whose running sum of
+//                           weights exceeds floor(u * total / 2^53)
+// Probabilities are integer weights round(2^40 exp(l - max)) over what the step before left (kernels/common/sampling_weight.h): the
+// sampler on the GPU sums them in another order and draws the same tokens.
 //
 // Thread safety: none; owned by the thread that samples.
 #pragma once

@@ -23,12 +23,13 @@ std::array<uint32_t, 4> Philox4x32(const std::array<uint32_t, 4>& counter, const
   return x;
 }
 
-double UniformDraw(uint64_t seed, uint64_t output_index) {
+uint64_t UniformBits(uint64_t seed, uint64_t output_index) {
   const std::array<uint32_t, 4> words =
       Philox4x32({static_cast<uint32_t>(output_index), static_cast<uint32_t>(output_index >> 32), 0, 0},
                  {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
-  const uint64_t bits = (uint64_t{words[0]} << 32 | words[1]) >> 11;
-  return static_cast<double>(bits) * 0x1p-53;
+  return (uint64_t{words[0]} << 32 | words[1]) >> 11;
 }
+
+double UniformDraw(uint64_t seed, uint64_t output_index) { return static_cast<double>(UniformBits(seed, output_index)) * 0x1p-53; }
 
 }  // namespace qwen::sampling

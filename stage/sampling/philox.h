@@ -10,7 +10,9 @@ namespace qwen::sampling {
 
 std::array<uint32_t, 4> Philox4x32(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key);
 
-// Uniform in [0, 1) with 53 bits: counter (i low, i high, 0, 0), key (seed low, seed high), the first two words.
+// Uniform integer of 53 bits: counter (i low, i high, 0, 0), key (seed low, seed high), the first two words.
+uint64_t UniformBits(uint64_t seed, uint64_t output_index);
+// The same as a number in [0, 1).
 double UniformDraw(uint64_t seed, uint64_t output_index);
 
 }  // namespace qwen::sampling

@@ -15,11 +15,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define QP_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define QP_HOST_DEVICE inline
-#endif
+#include "stage/kernels/common/host_device.h"
 
 namespace qwen::kernels {
 
