@@ -115,23 +115,29 @@ step::ActivationSizes StageModel::activation_sizes() const {
           .element_bytes = static_cast<int64_t>(c10::elementSize(options_.dtype))};
 }
 
-Status StageModel::AddVision(const step::VisionInput& input) {
+Status StageModel::AddVision(std::span<const step::VisionInput> inputs) {
   if (!encoder_) return FailedPreconditionError("vision input for a stage without a vision tower");
-  const int64_t merge = shape_.vision->merge;
-  const int64_t tokens = input.token_count(static_cast<int>(merge));
-  const auto old = features_.find(input.id);
-  const int64_t replaced = old == features_.end() ? 0 : old->second.size(1);
-  if (vision_tokens_ - replaced + tokens > options_.vision_tokens_max) {
+  const int merge = shape_.vision->merge;
+  int64_t kept = vision_tokens_;  // when all of them are there
+  for (const step::VisionInput& input : inputs) {
+    const auto old = features_.find(input.id);
+    kept += input.token_count(merge) - (old == features_.end() ? 0 : old->second.size(1));
+  }
+  if (kept > options_.vision_tokens_max) {
     return ResourceExhaustedError("vision features: more than " + std::to_string(options_.vision_tokens_max) + " tokens");
   }
   return weights::Guarded("vision tower", [&]() -> Status {
     c10::InferenceMode inference;
-    ASSIGN_OR_RETURN(at::Tensor features, encoder_(input));
-    QP_CHECK(features.dim() == 3 && features.size(0) == 1 + shape_.deepstack_count() && features.size(1) == tokens &&
-             features.size(2) == shape_.hidden)
-        << Sizes(features);
-    features_[input.id] = std::move(features);
-    vision_tokens_ += tokens - replaced;
+    ASSIGN_OR_RETURN(std::vector<at::Tensor> encoded, encoder_(inputs));
+    QP_CHECK_EQ(encoded.size(), inputs.size());
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      QP_CHECK(encoded[i].dim() == 3 && encoded[i].size(0) == 1 + shape_.deepstack_count() && encoded[i].size(1) == inputs[i].token_count(merge) &&
+               encoded[i].size(2) == shape_.hidden)
+          << Sizes(encoded[i]);
+      at::Tensor& features = features_[inputs[i].id];
+      vision_tokens_ += encoded[i].size(1) - (features.defined() ? features.size(1) : 0);
+      features = std::move(encoded[i]);
+    }
     return OkStatus();
   });
 }

@@ -33,9 +33,9 @@
 
 namespace qwen::model {
 
-// One input's pixels to its features: (1 + taps, tokens, H), the merged features first, then one DeepStack tap each.
-using VisionEncoder = std::function<Result<at::Tensor>(const step::VisionInput&)>;
-// Makes the encoder out of the stage's loaded tensors ("visual.*"): vision::EncoderFactory gives one.
+// Pixels to features, one tensor for each input: (1 + taps, tokens, H), the merged features first, then one DeepStack tap each.
+using VisionEncoder = std::function<Result<std::vector<at::Tensor>>(std::span<const step::VisionInput> inputs)>;
+// Makes the encoder out of the stage's loaded tensors ("visual.*"): vision::MakeEncoderFactory gives one.
 using VisionEncoderFactory = std::function<Result<VisionEncoder>(const weights::TensorMap&)>;
 
 struct StageModelOptions {
@@ -73,9 +73,10 @@ class StageModel {
   // After a step whose `samples` are known: begins the step that will probably follow, on a backend that computes beside the
   // caller, with one stage alone; nothing otherwise. The next Forward takes its result when that is what it is asked for.
   void RunAhead(const step::StepPlan& done, std::span<const step::SampledToken> samples);
-  // Runs the vision tower on one input and keeps its features until a plan's vision_released names it. An id that is
-  // there already is replaced. kResourceExhausted beyond vision_tokens_max.
-  Status AddVision(const step::VisionInput& input);
+  // Runs the vision tower on inputs with different ids and keeps their features until a plan's vision_released names them. An id that
+  // is there already is replaced. kResourceExhausted beyond vision_tokens_max: then none of them is added.
+  Status AddVision(std::span<const step::VisionInput> inputs);
+  Status AddVision(const step::VisionInput& input) { return AddVision(std::span<const step::VisionInput>(&input, 1)); }
   // Forgets all vision features; KV content is void from the caller's side anyway. For a new epoch.
   void Reset();
 

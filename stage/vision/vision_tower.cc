@@ -51,6 +51,8 @@ at::Tensor RotateHalf(const at::Tensor& x) {
   return at::cat({x.narrow(-1, half, half).neg(), x.narrow(-1, 0, half)}, -1);
 }
 
+}  // namespace
+
 Status CheckInput(const step::VisionInput& input, const contract::VisionShape& shape) {
   const auto [t, h, w] = input.grid;
   if (t <= 0 || h <= 0 || w <= 0 || h % shape.merge != 0 || w % shape.merge != 0) {
@@ -62,8 +64,6 @@ Status CheckInput(const step::VisionInput& input, const contract::VisionShape& s
   }
   return OkStatus();
 }
-
-}  // namespace
 
 Result<VisionTower> VisionTower::Create(const contract::ModelShape& shape, const VisionOptions& options,
                                         const weights::TensorMap& tensors) {
@@ -148,19 +148,12 @@ at::Tensor VisionTower::Attention(const Block& block, const at::Tensor& x, const
     const at::Tensor wide = part.to(at::kFloat);
     return (wide * rotary.cos + RotateHalf(wide) * rotary.sin).to(options_.dtype);
   };
-  const auto by_head = [](const at::Tensor& part) { return part.transpose(0, 1).unsqueeze(0); };  // (1, heads, n, d)
-  const at::Tensor q = by_head(rotate(qkv.select(1, 0))), k = by_head(rotate(qkv.select(1, 1))), v = by_head(qkv.select(1, 2));
+  const auto by_frame = [&](const at::Tensor& part) { return part.reshape({frames, patches / frames, heads, head_dim}).transpose(1, 2); };
+  const at::Tensor q = by_frame(rotate(qkv.select(1, 0))), k = by_frame(rotate(qkv.select(1, 1))), v = by_frame(qkv.select(1, 2));
   const double scale = 1.0 / std::sqrt(static_cast<double>(head_dim));
-  const int64_t count = patches / frames;
-  std::vector<at::Tensor> parts;
-  for (int64_t frame = 0; frame < frames; ++frame) {
-    const auto of_frame = [&](const at::Tensor& part) { return part.narrow(2, frame * count, count); };
-    parts.push_back(at::scaled_dot_product_attention(of_frame(q), of_frame(k), of_frame(v), std::nullopt, 0.0,
-                                                     /*is_causal=*/false, scale)
-                        .squeeze(0)
-                        .transpose(0, 1));
-  }
-  const at::Tensor attended = (frames == 1 ? parts[0] : at::cat(parts, 0)).reshape({patches, shape_.hidden});
+  const at::Tensor attended = at::scaled_dot_product_attention(q, k, v, std::nullopt, 0.0, /*is_causal=*/false, scale)  // (frames, heads, n, d)
+                                  .transpose(1, 2)
+                                  .reshape({patches, shape_.hidden});
   return Linear(attended, block.proj.weight, block.proj.bias);
 }
 
@@ -193,15 +186,29 @@ Result<at::Tensor> VisionTower::Encode(const step::VisionInput& input) const {
   return at::stack(features);
 }
 
-std::function<Result<std::function<Result<at::Tensor>(const step::VisionInput&)>>(const weights::TensorMap&)>
-EncoderFactory(const contract::ModelShape& shape, const VisionOptions& options) {
-  using Encoder = std::function<Result<at::Tensor>(const step::VisionInput&)>;
-  return [shape, options](const weights::TensorMap& tensors) -> Result<Encoder> {
+EncoderFactory MakeEncoderFactory(const contract::ModelShape& shape, const VisionOptions& options, const TowerFactory& fast) {
+  return [shape, options, fast](const weights::TensorMap& tensors) -> Result<Encoder> {
     c10::InferenceMode inference;
+    if (fast) {
+      Result<Encoder> tower = fast(shape, options, tensors);
+      if (tower.ok()) {
+        return Encoder([shape, encode = std::move(tower).value()](std::span<const step::VisionInput> inputs) -> Result<std::vector<at::Tensor>> {
+          for (const step::VisionInput& input : inputs) RETURN_IF_ERROR(CheckInput(input, *shape.vision));
+          return encode(inputs);
+        });
+      }
+      if (tower.status().code() != StatusCode::kUnimplemented) return tower.status();
+    }
     ASSIGN_OR_RETURN(VisionTower tower, VisionTower::Create(shape, options, tensors));
     // Shared because std::function must be copyable; there is one tower.
     auto shared = std::make_shared<const VisionTower>(std::move(tower));
-    return Encoder([shared](const step::VisionInput& input) { return shared->Encode(input); });
+    return Encoder([shared](std::span<const step::VisionInput> inputs) -> Result<std::vector<at::Tensor>> {
+      std::vector<at::Tensor> features;
+      for (const step::VisionInput& input : inputs) {
+        ASSIGN_OR_RETURN(features.emplace_back(), shared->Encode(input));
+      }
+      return features;
+    });
   };
 }
 

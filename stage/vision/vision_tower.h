@@ -4,12 +4,14 @@
 // patch_embed -> + interpolated position table -> blocks (pre-norm, 2-D rotary, attention within a frame) -> merger;
 // the taps leave after the blocks of deepstack_layers, each through a merger of its own.
 // Source: transformers 5.17.0 Qwen3VLMoeVisionModel, vision_utils.py; roundings in docs/numerics.md.
+// This is the reference, on any device; on a GPU in bfloat16 stage/fused/fused_vision.h takes its place (TowerFactory).
 // Thread safety: Encode only reads; one thread at a time is all that is needed.
 #pragma once
 #include <ATen/core/Tensor.h>
 
 #include <array>
 #include <functional>
+#include <span>
 #include <vector>
 
 #include "stage/base/status.h"
@@ -27,6 +29,9 @@ struct VisionOptions {
   std::array<double, 3> mean = {0.5, 0.5, 0.5};
   std::array<double, 3> std = {0.5, 0.5, 0.5};
   double rescale = 1.0 / 255.0;
+  // Patches that a tower which takes several inputs together computes in one pass; beyond it frames go into the next one. Products
+  // are at their best long before, and a pass takes about 40 KB a patch at D = 1152: 0.7 GB. A single frame may be larger.
+  int64_t pass_patches_max = 16384;
 };
 
 class VisionTower {
@@ -72,8 +77,20 @@ class VisionTower {
   std::vector<Merger> deepstack_mergers_;
 };
 
-// For model::StageModelOptions::vision: makes a tower out of the stage's tensors and hands out its Encode.
-std::function<Result<std::function<Result<at::Tensor>(const step::VisionInput&)>>(const weights::TensorMap&)>
-EncoderFactory(const contract::ModelShape& shape, const VisionOptions& options);
+// kInvalidArgument when the grid cannot be merged, or does not fit the number of bytes.
+Status CheckInput(const step::VisionInput& input, const contract::VisionShape& shape);
+
+// The features of several images and videos, one tensor each, as VisionTower::Encode gives them. The reference takes them one after
+// the other, so that company changes no bit; another tower may take them together. May throw c10::Error.
+using Encoder = std::function<Result<std::vector<at::Tensor>>(std::span<const step::VisionInput> inputs)>;
+using EncoderFactory = std::function<Result<Encoder>(const weights::TensorMap& tensors)>;
+
+// A tower for one kind of device (stage/fused has one). kUnimplemented when it has no kernels for the shape or the options.
+// Its encoder may rely on inputs that have passed CheckInput.
+using TowerFactory = std::function<Result<Encoder>(const contract::ModelShape& shape, const VisionOptions& options, const weights::TensorMap& tensors)>;
+
+// For model::StageModelOptions::vision: makes a tower out of the stage's tensors; `fast` where that takes the model, the reference
+// otherwise (or when it is empty).
+EncoderFactory MakeEncoderFactory(const contract::ModelShape& shape, const VisionOptions& options, const TowerFactory& fast = {});
 
 }  // namespace qwen::vision

@@ -39,14 +39,15 @@ Result<at::Device> OpenDevice(const std::string& name) {
   return at::Device(at::kCUDA, 0);
 }
 
-// The kernels' backend, out of the library that only a GPU stage opens. Null when it is not there: a build without CUDA.
-const model::StageBackendFactory* OpenBackend() {
+// What `symbol` of the kernels' library gives; only a GPU stage opens it. Null when it is not there: a build without CUDA.
+template <typename Factory>
+const Factory* OpenFused(const char* symbol) {
   void* library = dlopen("libqwen_fused.so", RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
     log::Warning("no kernels: the reference backend computes", {{"reason", dlerror()}});
     return nullptr;
   }
-  const auto get = reinterpret_cast<const model::StageBackendFactory* (*)()>(dlsym(library, "qwen_fused_backend"));
+  const auto get = reinterpret_cast<const Factory* (*)()>(dlsym(library, symbol));
   return get != nullptr ? get() : nullptr;
 }
 
@@ -112,7 +113,11 @@ class ModelCompute final : public StageCompute {
     if (model_->last()) sampler_.emplace(sampling::Sampler::Options{.max_slots = capacity_.max_slots});
   }
 
-  Status AddVision(const step::VisionInput& input) override { return model_->AddVision(input); }
+  Status AddVision(std::span<const step::VisionInput> inputs) override { return model_->AddVision(inputs); }
+  // On a CPU company saves nothing, and the watchdog's patience is for one input.
+  int64_t vision_patches_together() const override {
+    return model_->options().device.is_cuda() ? vision::VisionOptions().pass_patches_max : 0;
+  }
 
   Status Forward(const step::StepPlan& plan, std::span<const std::byte> in, std::span<std::byte> out,
                  std::vector<step::SampledToken>& samples) override {
@@ -247,9 +252,14 @@ Result<std::unique_ptr<StageCompute>> LoadModelCompute(weights::Checkpoint* chec
   model_options.max_sequence_tokens = sizing.max_sequence_tokens;
   if (device.is_cuda()) {
     model_options.grouping = model::RowGrouping::kWholeBatch;  // a GPU reads the weights once per plan
-    if (const model::StageBackendFactory* backend = options.backend == "reference" ? nullptr : OpenBackend()) model_options.backend = *backend;
+    if (options.backend != "reference") {
+      if (const auto* backend = OpenFused<model::StageBackendFactory>("qwen_fused_backend")) model_options.backend = *backend;
+    }
   }
-  if (options.stage == 0 && shape.vision) model_options.vision = vision::EncoderFactory(shape, {.device = device, .dtype = dtype});
+  if (options.stage == 0 && shape.vision) {
+    const vision::TowerFactory* tower = device.is_cuda() && options.backend != "reference" ? OpenFused<vision::TowerFactory>("qwen_fused_vision") : nullptr;
+    model_options.vision = vision::MakeEncoderFactory(shape, {.device = device, .dtype = dtype}, tower != nullptr ? *tower : vision::TowerFactory());
+  }
   ASSIGN_OR_RETURN(auto model, MakeModel(checkpoint, shape, options, model_options, progress));
   if (device.is_cuda()) log::Info("backend", {{"stage", options.stage}, {"backend", model->fused() ? "fused" : "reference"}});
   const transport::StageCapacity capacity{.block_tokens = options.block_tokens,

@@ -36,8 +36,10 @@ class StageCompute {
 
   // A new epoch: KV content, vision features and sampler slots are void.
   virtual void Reset() = 0;
-  // Stage 0 only: runs the vision tower and keeps the features until a plan releases them.
-  virtual Status AddVision(const step::VisionInput& input) = 0;
+  // Stage 0 only: runs the vision tower and keeps the features until a plan releases them. Inputs that wait together come in one
+  // call as long as their patches add up to no more than vision_patches_together(); 0: always one by one.
+  virtual Status AddVision(std::span<const step::VisionInput> inputs) = 0;
+  virtual int64_t vision_patches_together() const { return 0; }
   // One plan. `in`: hidden (tokens, H), then deepstack (taps, visual tokens, H), step/activation_shape.h; empty on stage 0.
   // `out`: the same for the next stage, to be filled; empty on the last stage, which appends one sample per sampling span
   // to `samples` instead. REQUIRES: the plan is valid under capacity(), sizes of `in` and `out` are those of the plan.

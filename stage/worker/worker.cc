@@ -307,13 +307,11 @@ void Worker::ComputeLoop() {
       if (wanted) Assemble(generation);
       continue;
     }
-    Work work = std::move(queue_.front());
-    queue_.pop_front();
+    Next next = TakeNextLocked();
     known = queue_.empty() ? news_.load() : 0;
-    if (const auto* input = std::get_if<step::VisionInput>(&work)) vision_waiting_bytes_ -= input->patches.size();
     changed_.notify_all();  // room for TakeVision
     lock.unlock();
-    ExecuteNext(generation, std::move(work));
+    ExecuteNext(generation, std::move(next));
   }
   DropEdges();
 }
@@ -324,13 +322,30 @@ void Worker::SpinForNews(uint64_t known) const {
   while (news_.load() == known && std::chrono::steady_clock::now() < until) std::this_thread::yield();
 }
 
-void Worker::ExecuteNext(uint64_t generation, Work work) {
+// Inputs that have come while something else was computed go through the tower together; nothing waits for company.
+Worker::Next Worker::TakeNextLocked() {
+  std::vector<step::VisionInput> inputs;
+  for (int64_t patches = 0; !queue_.empty(); queue_.pop_front()) {
+    auto* input = std::get_if<step::VisionInput>(&queue_.front());
+    if (input == nullptr) break;
+    patches += input->patch_count();
+    if (!inputs.empty() && patches > compute_->vision_patches_together()) break;
+    vision_waiting_bytes_ -= input->patches.size();
+    inputs.push_back(std::move(*input));
+  }
+  if (!inputs.empty()) return Next(std::move(inputs));
+  Next plan(std::get<step::StepPlan>(std::move(queue_.front())));
+  queue_.pop_front();
+  return plan;
+}
+
+void Worker::ExecuteNext(uint64_t generation, Next next) {
   Status status;
-  if (const auto* input = std::get_if<step::VisionInput>(&work)) {
+  if (const auto* inputs = std::get_if<std::vector<step::VisionInput>>(&next)) {
     SetPhase(Phase::kComputing);
-    status = compute_->AddVision(*input).WithContext("vision");
+    status = compute_->AddVision(*inputs).WithContext("vision");
   } else {
-    status = Execute(std::get<step::StepPlan>(work));
+    status = Execute(std::get<step::StepPlan>(next));
   }
   if (status.ok()) return;
   if (status.code() == StatusCode::kInternal) {

@@ -101,6 +101,8 @@ class Worker {
     bool failed = false;                         // this stage has reported Failure: what still arrives is dropped
   };
   using Work = std::variant<step::StepPlan, step::VisionInput>;
+  // What the compute thread does at once: a plan, or inputs for the vision tower.
+  using Next = std::variant<step::StepPlan, std::vector<step::VisionInput>>;
 
   // Control thread.
   bool Connect();                       // one attempt; false: try again
@@ -115,7 +117,8 @@ class Worker {
   void ComputeLoop();
   void SpinForNews(uint64_t known) const;
   bool Load();
-  void ExecuteNext(uint64_t generation, Work work);
+  Next TakeNextLocked();  // REQUIRES: queue_ is not empty
+  void ExecuteNext(uint64_t generation, Next next);
   void Assemble(uint64_t generation);
   Status BuildEdges(const Target& target);
   Status Execute(const step::StepPlan& plan);

@@ -202,7 +202,7 @@ Status Run(const Flags& flags) {
     options.block_count = block_count;
     options.grouping = flags.grouping == "batch" ? model::RowGrouping::kWholeBatch : model::RowGrouping::kPerSpan;
     options.router_ties = flags.ties == "topk" ? ops::RouterTies::kTopk : ops::RouterTies::kLowestExpert;
-    if (shape.vision) options.vision = vision::EncoderFactory(shape, vision_options);
+    if (shape.vision) options.vision = vision::MakeEncoderFactory(shape, vision_options);
     options.on_hidden = [&](int32_t layer, const at::Tensor& hidden) { residual[layer] = hidden.to(at::kFloat).clone(); };
     ASSIGN_OR_RETURN(auto stage, model::StageModel::Load(checkpoint, shape, options));
     stages.push_back(std::move(stage));

@@ -81,8 +81,10 @@ inline at::Tensor FakeFeatures(const contract::ModelShape& shape, const step::Vi
 }
 inline VisionEncoderFactory FakeVision(const contract::ModelShape& shape, at::ScalarType dtype) {
   return [shape, dtype](const weights::TensorMap&) -> Result<VisionEncoder> {
-    return VisionEncoder([shape, dtype](const step::VisionInput& input) -> Result<at::Tensor> {
-      return FakeFeatures(shape, input).to(dtype);
+    return VisionEncoder([shape, dtype](std::span<const step::VisionInput> inputs) -> Result<std::vector<at::Tensor>> {
+      std::vector<at::Tensor> features;
+      for (const step::VisionInput& input : inputs) features.push_back(FakeFeatures(shape, input).to(dtype));
+      return features;
     });
   };
 }

@@ -20,6 +20,7 @@ inline constexpr int32_t kVocab = 1000;
 inline constexpr int32_t kLayers = 4;
 inline constexpr int32_t kTaps = 2;
 inline constexpr int32_t kBlockTokens = 4;
+inline constexpr int64_t kPatchesTogether = 64;  // of images in one call of AddVision
 
 inline uint64_t Mix(uint64_t a, uint64_t b) {
   uint64_t x = a * 0x9E3779B97F4A7C15ull + b + 0x7F4A7C15u;
@@ -61,6 +62,7 @@ struct FakeControl {
   std::atomic<bool> block{false};       // Forward waits until this is false again
   std::atomic<bool> blocked{false};     // and says that it waits
   std::atomic<int> fail_next{0};        // so many Forwards fail with kInvalidArgument
+  std::atomic<int64_t> vision_calls{0}, vision_inputs{0};  // of AddVision
 };
 
 class FakeModel final : public worker::StageCompute {
@@ -79,8 +81,16 @@ class FakeModel final : public worker::StageCompute {
     images_.clear();
     slots_.clear();
   }
-  Status AddVision(const step::VisionInput& input) override {
-    images_[input.id] = input;
+  int64_t vision_patches_together() const override { return kPatchesTogether; }
+  Status AddVision(std::span<const step::VisionInput> inputs) override {
+    int64_t patches = 0;
+    for (const step::VisionInput& input : inputs) {
+      images_[input.id] = input;
+      patches += input.patch_count();
+    }
+    control_->vision_inputs += static_cast<int64_t>(inputs.size());
+    ++control_->vision_calls;
+    if (inputs.empty() || (inputs.size() > 1 && patches > kPatchesTogether)) return InternalError("vision: more than was asked for");
     return OkStatus();
   }
   Status Forward(const step::StepPlan& plan, std::span<const std::byte> in, std::span<std::byte> out,

@@ -289,6 +289,40 @@ TEST_P(PipelineOfStages, CarriesImagesAndDeepStackAcrossEveryBoundary) {
   Generate(cluster, 1, step, {&with_image, &text}, 28);
 }
 
+TEST(Pipeline, ImagesThatArriveDuringAStepAreEncodedTogetherUpToTheLimit) {
+  Cluster cluster(1);
+  cluster.StartAll();
+  ASSERT_EQ(ExpectServing(cluster, 1), 1u);
+  FakeControl& control = cluster.control(0);
+  step::VisionId id = 100;
+  Generation text(0, Prompt(12, 5), 64);
+  // Nobody tells when all have arrived, so the step lasts longer from round to round; the model refuses more than its limit at once.
+  int64_t calls = 0;
+  for (int round = 0, wait_ms = 1; round < 12 && calls != 3; ++round, wait_ms *= 2) {
+    control.vision_calls = 0;
+    control.vision_inputs = 0;
+    control.block = true;
+    SubmitNext(cluster, text);
+    while (!control.blocked) std::this_thread::sleep_for(milliseconds(1));
+    for (int i = 0; i < 5; ++i) {
+      auto image = std::make_shared<step::VisionInput>();
+      image->id = id++;
+      image->grid = {1, 4, 6};  // two of 24 patches fit into 64, three do not
+      image->patches.resize(static_cast<size_t>(image->patch_count()) * 1536, 7);
+      ASSERT_TRUE(cluster.head().SubmitVision(image).ok());
+    }
+    std::this_thread::sleep_for(milliseconds(wait_ms));
+    control.block = false;
+    const auto result = cluster.Next<step::StepResult>();
+    ASSERT_TRUE(result.has_value());
+    for (const step::SampledToken& sample : result->samples) text.Take(sample.token);
+    for (int i = 0; i < 5000 && control.vision_inputs < 5; ++i) std::this_thread::sleep_for(milliseconds(1));
+    ASSERT_EQ(control.vision_inputs, 5);
+    calls = control.vision_calls;
+  }
+  EXPECT_EQ(calls, 3) << "2 + 2 + 1";
+}
+
 TEST(Pipeline, AStageThatDiesInTheMiddleOfAStepIsReplacedAndTheOthersKeepTheirWeights) {
   Cluster cluster(3);
   cluster.StartAll();
