@@ -1,10 +1,11 @@
-// stage_gpu: a stage on a GPU, in one process, with generated weights. Three jobs:
+// stage_gpu: a stage on a GPU, in one process, with generated weights. Four jobs:
 //   stage_gpu check [fp8] [NAME]  the fused backend against the reference backend on the same GPU: logits of prompts, chunks and mixed
 //                          plans, and greedy continuations; exit code 1 when a difference is no near-tie. With fp8: weights that
 //                          stay block FP8 against the reference on the same weights multiplied out
 //   stage_gpu profile SHAPE  one step of two layers for each of a few batches, between cudaProfilerStart and Stop (for ncu)
 //   stage_gpu bench SHAPE  prefill and decode of a whole model of that shape on one GPU, or of layers A:B of it; a SHAPE that ends in
 //                          -FP8 keeps its weights in FP8 (profile takes such shapes too)
+//   stage_gpu vision [check|bench]  the fused vision tower against the reference, then the time of both (vision_gpu.h); both without a word
 // JSON rows on stdout ({suite, case, unit, ours}), words on stderr.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAStream.h>
@@ -23,6 +24,7 @@
 #include "stage/sampling/sampler.h"
 #include "stage/weights/fp8.h"
 #include "stage/weights/loader.h"
+#include "tests/gpu/vision_gpu.h"
 
 extern "C" cudaError_t cudaProfilerStart();  // of libcudart; the wheels have no cuda_profiler_api.h
 extern "C" cudaError_t cudaProfilerStop();
@@ -353,7 +355,7 @@ class Bench {
 contract::ModelShape Text(const std::string& name) {
   auto shape = contract::NamedModelShape(name);
   QP_CHECK(shape.ok()) << shape.status().ToString();
-  shape->vision.reset();  // text alone: the tower is measured elsewhere
+  shape->vision.reset();  // text alone: the tower has a job of its own
   return *shape;
 }
 
@@ -408,7 +410,13 @@ int Main(int argc, char** argv) {
     Bench("profile", shape, {0, shape.layers}, 256 * 1024).Profile();
     return 0;
   }
-  std::fprintf(stderr, "usage: stage_gpu check [fp8] [30b-4-layers|235b-2-layers|4b-4-layers|tiny] | stage_gpu profile SHAPE | stage_gpu bench SHAPE [BEGIN:END]\n");
+  if (job == "vision") {
+    const std::string what = argc > 2 ? argv[2] : "";
+    const int failures = what == "bench" ? 0 : CheckVision();
+    if (what != "check") BenchVision();
+    return failures == 0 ? 0 : 1;
+  }
+  std::fprintf(stderr, "usage: stage_gpu check [fp8] [30b-4-layers|235b-2-layers|4b-4-layers|tiny] | stage_gpu profile SHAPE | stage_gpu bench SHAPE [BEGIN:END] | stage_gpu vision [check|bench]\n");
   return 64;
 }
 
