@@ -268,6 +268,11 @@ TEST_F(StageModelTest, VisionInputsBeyondTheBoundAreRefused) {
   EXPECT_TRUE(model->AddVision({.id = 1, .grid = {1, 4, 6}}).ok());
   EXPECT_EQ(model->AddVision({.id = 2, .grid = {1, 4, 6}}).code(), StatusCode::kResourceExhausted);
   EXPECT_TRUE(model->AddVision({.id = 1, .grid = {1, 4, 10}}).ok());  // replaces its own 6 by 10
+  const std::vector<step::VisionInput> several = {{.id = 1, .grid = {1, 4, 4}}, {.id = 2, .grid = {1, 4, 4}}, {.id = 3, .grid = {1, 4, 4}}};
+  EXPECT_EQ(model->AddVision(several).code(), StatusCode::kResourceExhausted);  // 12 in all: none of them
+  EXPECT_EQ(model->vision_tokens(), 10);
+  EXPECT_TRUE(model->AddVision(std::span(several).first(2)).ok());
+  EXPECT_EQ(model->vision_tokens(), 8);
 }
 
 TEST_F(StageModelTest, AStageWithoutATowerRefusesVision) {

@@ -229,6 +229,50 @@ TEST_F(VisionTowerTest, AnImageSmallerThanThePositionTable) { ExpectLikePlainLoo
 TEST_F(VisionTowerTest, AnImageLargerThanThePositionTable) { ExpectLikePlainLoops({1, 8, 6}); }
 TEST_F(VisionTowerTest, AVideoWhoseFramesDoNotSeeEachOther) { ExpectLikePlainLoops({3, 2, 4}); }
 
+TEST_F(VisionTowerTest, CompanyChangesNoBit) {
+  const Encoder encode = MakeEncoderFactory(shape_, {.dtype = at::kFloat})(weights_).value();
+  std::vector<step::VisionInput> inputs;
+  for (const std::array<int32_t, 3> grid : {std::array{1, 4, 2}, {3, 2, 4}, {1, 8, 6}}) inputs.push_back(RandomInput(*shape_.vision, grid));
+  const std::vector<at::Tensor> together = encode(inputs).value();
+  ASSERT_EQ(together.size(), inputs.size());
+  for (size_t i = 0; i < inputs.size(); ++i) EXPECT_TRUE(at::equal(together[i], tower_.Encode(inputs[i]).value())) << i;
+}
+
+// Frames share a call, and each still gets what it would get as a picture.
+TEST_F(VisionTowerTest, AFrameOfAVideoHasTheFeaturesOfAnImage) {
+  const step::VisionInput video = RandomInput(*shape_.vision, {3, 4, 6});
+  const at::Tensor features = tower_.Encode(video).value();
+  const size_t frame_bytes = video.patches.size() / 3;
+  for (int64_t frame = 0; frame < 3; ++frame) {
+    step::VisionInput image{.id = 2, .grid = {1, 4, 6}, .patches = {}};
+    image.patches.assign(video.patches.begin() + frame * static_cast<ptrdiff_t>(frame_bytes), video.patches.begin() + (frame + 1) * static_cast<ptrdiff_t>(frame_bytes));
+    EXPECT_TRUE(at::allclose(features.narrow(1, frame * 6, 6), tower_.Encode(image).value(), 1e-4, 1e-4)) << frame;
+  }
+}
+
+// A tower of another kind of device: what it takes it computes, on inputs that have been checked; what it does not the reference computes.
+TEST_F(VisionTowerTest, AnotherTowerTakesThePlaceOfTheReferenceWhereItCan) {
+  const std::vector<step::VisionInput> inputs = {RandomInput(*shape_.vision, {1, 4, 2})};
+  int asked = 0;
+  const TowerFactory fast = [&](const contract::ModelShape&, const VisionOptions&, const weights::TensorMap&) -> Result<Encoder> {
+    return Encoder([&](std::span<const step::VisionInput> given) -> Result<std::vector<at::Tensor>> {
+      ++asked;
+      return std::vector<at::Tensor>(given.size(), at::ones({1}));
+    });
+  };
+  const Encoder encode = MakeEncoderFactory(shape_, {.dtype = at::kFloat}, fast)(weights_).value();
+  EXPECT_TRUE(at::equal(encode(inputs).value()[0], at::ones({1})));
+  std::vector<step::VisionInput> wrong = {inputs[0], inputs[0]};
+  wrong[1].grid = {1, 4, 6};
+  EXPECT_EQ(encode(wrong).status().code(), StatusCode::kInvalidArgument);
+  EXPECT_EQ(asked, 1);
+  const TowerFactory unfit = [](const auto&, const auto&, const auto&) -> Result<Encoder> { return UnimplementedError("no kernels"); };
+  const Encoder reference = MakeEncoderFactory(shape_, {.dtype = at::kFloat}, unfit)(weights_).value();
+  EXPECT_TRUE(at::equal(reference(inputs).value()[0], tower_.Encode(inputs[0]).value()));
+  const TowerFactory broken = [](const auto&, const auto&, const auto&) -> Result<Encoder> { return InternalError("broken"); };
+  EXPECT_EQ(MakeEncoderFactory(shape_, {.dtype = at::kFloat}, broken)(weights_).status().code(), StatusCode::kInternal);
+}
+
 TEST_F(VisionTowerTest, NormalisationMapsBytesToMinusOneToOneExactly) {
   step::VisionInput input{.id = 1, .grid = {1, 2, 2}, .patches = std::vector<uint8_t>(4 * 96, 0)};
   input.patches[0] = 255;
