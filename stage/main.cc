@@ -59,6 +59,9 @@ void AddFlags(CLI::App& app, Flags& f) {
   app.add_option("--dtype", f.compute.dtype, "of weights, activations and KV cache")->check(CLI::IsMember({"auto", "float32", "bfloat16"}));
   app.add_option("--backend", f.compute.backend, "on a GPU: auto (kernels where they fit the shape) or reference (ATen operators alone)")
       ->check(CLI::IsMember({"auto", "reference"}));
+  app.add_option("--sampler", f.compute.sampler, "on a GPU: auto (a kernel samples what it can) or host (for comparison: the CPU samples)")
+      ->envname("QWEN_SAMPLER")
+      ->check(CLI::IsMember({"auto", "host"}));
   app.add_option("--edges", f.compute.edges, "how hidden states travel: auto (NCCL on a GPU, else TCP), nccl (every stage has its own GPU) or tcp")
       ->check(CLI::IsMember({"auto", "nccl", "tcp"}));
   app.add_option("--fp8", f.compute.fp8, "of a block-FP8 checkpoint: expand (multiplied out to the dtype when loaded) or keep (FP8 in the GPU's memory: half the bytes; kernels that "

@@ -203,11 +203,11 @@ void StageModel::Release(const step::StepPlan& plan) {
   }
 }
 
-void StageModel::RunAhead(const step::StepPlan& done, std::span<const step::SampledToken> samples) {
-  if (!backend_ || !first() || !last() || !backend_->TakesDecode(done) || !ahead_policy_.Tries()) return;
+const StageModel::Ahead* StageModel::RunAhead(const step::StepPlan& done, std::span<const step::SampledToken> samples) {
+  if (!backend_ || !first() || !last() || !backend_->TakesDecode(done) || !ahead_policy_.Tries()) return nullptr;
   const int32_t most = options_.max_sequence_tokens > 0 ? options_.max_sequence_tokens : shape_.max_positions;
   std::optional<step::StepPlan> next = NextDecode(done, samples, options_.block_tokens, most);
-  if (!next) return;
+  if (!next) return nullptr;
   // A fault of the device is the next Forward's to report.
   (void)weights::Guarded("run ahead", [&]() -> Status {
     c10::InferenceMode inference;
@@ -215,6 +215,7 @@ void StageModel::RunAhead(const step::StepPlan& done, std::span<const step::Samp
     ahead_ = Ahead{std::move(*next), std::move(output.logits)};
     return OkStatus();
   });
+  return ahead_ ? &*ahead_ : nullptr;
 }
 
 std::optional<StageOutput> StageModel::TakeAhead(const step::StepPlan& plan) {
@@ -228,6 +229,7 @@ std::optional<StageOutput> StageModel::TakeAhead(const step::StepPlan& plan) {
   ahead_policy_.Right();
   StageOutput output;
   output.logits = ahead.logits;
+  output.begun = true;
   if (rows->size() < ahead.plan.spans.size()) {
     const at::Tensor index = at::tensor(*rows, at::TensorOptions().dtype(at::kLong));
     output.logits = ahead.logits.index_select(0, index.to(options_.device));

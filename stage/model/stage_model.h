@@ -70,9 +70,15 @@ class StageModel {
                                                     const weights::TensorMap& tensors);
   // REQUIRES: ValidatePlan(plan) is OK under limits that agree with the options; stage 0 gets empty activations.
   Result<StageOutput> Forward(const step::StepPlan& plan, const StageActivations& input);
+  // A step that was begun before it was asked for.
+  struct Ahead {
+    step::StepPlan plan;
+    at::Tensor logits;  // (spans, vocab), written when the backend's stream gets there
+  };
   // After a step whose `samples` are known: begins the step that will probably follow, on a backend that computes beside the
-  // caller, with one stage alone; nothing otherwise. The next Forward takes its result when that is what it is asked for.
-  void RunAhead(const step::StepPlan& done, std::span<const step::SampledToken> samples);
+  // caller, with one stage alone; nothing (null) otherwise. The next Forward takes its result when that is what it is asked for; until then
+  // what is returned stays valid.
+  const Ahead* RunAhead(const step::StepPlan& done, std::span<const step::SampledToken> samples);
   // Runs the vision tower on inputs with different ids and keeps their features until a plan's vision_released names them. An id that
   // is there already is replaced. kResourceExhausted beyond vision_tokens_max: then none of them is added.
   Status AddVision(std::span<const step::VisionInput> inputs);
@@ -106,10 +112,6 @@ class StageModel {
   std::vector<ops::PagedKv> cache_;  // one per layer
   ops::RotaryFrequencies rotary_;
   std::unique_ptr<StageBackend> backend_;  // null: layers_ compute
-  struct Ahead {
-    step::StepPlan plan;
-    at::Tensor logits;
-  };
   std::optional<Ahead> ahead_;
   RunAheadPolicy ahead_policy_;
   VisionEncoder encoder_;

@@ -13,6 +13,7 @@ struct StageActivations {
 struct StageOutput {
   StageActivations activations;  // hidden undefined on the last stage
   at::Tensor logits;             // last stage: (samples, vocab) in the model's dtype, span order; undefined without samples
+  bool begun = false;            // the logits are rows of those of the step that RunAhead began
 };
 
 }  // namespace qwen::model

@@ -51,6 +51,16 @@ const Factory* OpenFused(const char* symbol) {
   return get != nullptr ? get() : nullptr;
 }
 
+// Null, with a line in the log, when the host has to sample.
+Result<std::unique_ptr<ops::RowSampler>> OpenSampler(const ops::RowSamplerOptions& options) {
+  const auto* make = OpenFused<ops::RowSamplerFactory>("qwen_fused_sampler");
+  if (make == nullptr) return std::unique_ptr<ops::RowSampler>();
+  Result<std::unique_ptr<ops::RowSampler>> sampler = (*make)(options);
+  if (sampler.ok() || sampler.status().code() != StatusCode::kUnimplemented) return sampler;
+  log::Warning("the host samples", {{"reason", sampler.status().message()}});
+  return std::unique_ptr<ops::RowSampler>();
+}
+
 // Edges of GPU memory, out of the library that knows NCCL.
 Result<std::unique_ptr<transport::EdgeTransport>> OpenNccl(void* stream) {
   void* library = dlopen("libqwen_nccl.so", RTLD_NOW | RTLD_LOCAL);
@@ -81,8 +91,10 @@ int64_t FreeBytes(const at::Device& device) {
 class ModelCompute final : public StageCompute {
  public:
   // `edges`: of device memory, or null for TCP and host memory.
-  ModelCompute(std::unique_ptr<model::StageModel> model, const transport::StageCapacity& capacity, std::unique_ptr<transport::EdgeTransport> edges)
-      : model_(std::move(model)), capacity_(capacity), edges_(std::move(edges)) {
+  // `device_sampler`: null when the host samples.
+  ModelCompute(std::unique_ptr<model::StageModel> model, const transport::StageCapacity& capacity, std::unique_ptr<transport::EdgeTransport> edges,
+               std::unique_ptr<ops::RowSampler> device_sampler)
+      : model_(std::move(model)), capacity_(capacity), edges_(std::move(edges)), device_sampler_(std::move(device_sampler)) {
     Reset();
     if (!edges_) return;
     // The largest plan's activations, allocated once: NCCL may still read a buffer when the next plan is looked at.
@@ -110,7 +122,7 @@ class ModelCompute final : public StageCompute {
 
   void Reset() override {
     model_->Reset();
-    if (model_->last()) sampler_.emplace(sampling::Sampler::Options{.max_slots = capacity_.max_slots});
+    if (model_->last()) sampler_.emplace(sampling::Sampler::Options{.max_slots = capacity_.max_slots, .device = device_sampler_.get()});
   }
 
   Status AddVision(std::span<const step::VisionInput> inputs) override { return model_->AddVision(inputs); }
@@ -127,9 +139,9 @@ class ModelCompute final : public StageCompute {
         if (edges_) return PackDevice(output.activations, out);
         return Pack(output.activations, out);
       }
-      ASSIGN_OR_RETURN(step::StepResult result, sampler_->Step(plan, output.logits));
+      ASSIGN_OR_RETURN(step::StepResult result, sampler_->Step(plan, output.logits, output.begun));
       samples = std::move(result.samples);
-      model_->RunAhead(plan, samples);
+      if (const model::StageModel::Ahead* ahead = model_->RunAhead(plan, samples)) sampler_->BeginAhead(ahead->plan, ahead->logits);
       return OkStatus();
     } catch (const c10::Error& error) {  // of the copies below; the model keeps its own
       return InternalError(std::string("activations: ") + error.what_without_backtrace());
@@ -196,6 +208,7 @@ class ModelCompute final : public StageCompute {
   const transport::StageCapacity capacity_;
   const std::unique_ptr<transport::EdgeTransport> edges_;
   at::Tensor device_input_, device_output_;  // (2, bytes) each, with edges_
+  const std::unique_ptr<ops::RowSampler> device_sampler_;
   std::optional<sampling::Sampler> sampler_;  // last stage
 };
 
@@ -221,6 +234,7 @@ Result<std::unique_ptr<StageCompute>> LoadModelCompute(weights::Checkpoint* chec
   ASSIGN_OR_RETURN(const at::Device device, OpenDevice(options.device));
   ASSIGN_OR_RETURN(const at::ScalarType dtype, DtypeOf(options.dtype, shape));
   ASSIGN_OR_RETURN(const weights::LoadMethod load_method, LoadMethodOf(options.load));
+  if (options.sampler != "auto" && options.sampler != "host") return InvalidArgumentError("sampler: " + options.sampler + " is not auto or host");
   const contract::Dtype held = dtype == at::kFloat ? contract::Dtype::kFloat32 : contract::Dtype::kBFloat16;
   if (options.fp8 != "expand" && options.fp8 != "keep") return InvalidArgumentError("fp8: " + options.fp8 + " is not expand or keep");
   const bool keep_fp8 = options.fp8 == "keep" && shape.quantization;
@@ -272,7 +286,11 @@ Result<std::unique_ptr<StageCompute>> LoadModelCompute(weights::Checkpoint* chec
   if (device.is_cuda() && options.stages > 1 && options.edges != "tcp") {
     ASSIGN_OR_RETURN(edges, OpenNccl(model->stream()));
   }
-  return std::unique_ptr<StageCompute>(new ModelCompute(std::move(model), capacity, std::move(edges)));
+  std::unique_ptr<ops::RowSampler> sampler;
+  if (device.is_cuda() && options.sampler == "auto" && options.backend != "reference" && model->last()) {
+    ASSIGN_OR_RETURN(sampler, OpenSampler({.vocab = shape.vocab, .max_slots = options.max_sequences}));
+  }
+  return std::unique_ptr<StageCompute>(new ModelCompute(std::move(model), capacity, std::move(edges), std::move(sampler)));
 }
 
 }  // namespace qwen::worker

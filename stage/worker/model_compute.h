@@ -22,6 +22,7 @@ struct ModelComputeOptions {
   std::string device = "cpu";    // "cpu" or "cuda" (the process's first GPU)
   std::string dtype = "auto";    // "auto": the checkpoint's; "float32", "bfloat16"
   std::string backend = "auto";  // on a GPU "auto": kernels where they fit the shape; "reference": ATen operators alone
+  std::string sampler = "auto";  // on a GPU "auto": kernel `sampler` for the rows that it takes; "host": all but plain greedy ones on the CPU
   std::string edges = "auto";    // "auto": NCCL on a GPU, else TCP; "tcp"; "nccl" (two stages may not share a GPU then)
   std::optional<uint64_t> random_seed;  // noise of this seed instead of the checkpoint's weights
   std::string fp8 = "expand";    // of a block-FP8 checkpoint: "expand" to the dtype when loading, or "keep" in the GPU's memory
