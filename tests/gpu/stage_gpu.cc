@@ -1,10 +1,11 @@
-// stage_gpu: a stage on a GPU, in one process, with generated weights. Four jobs:
+// stage_gpu: a stage on a GPU, in one process, with generated weights. Five jobs:
 //   stage_gpu check [fp8] [NAME]  the fused backend against the reference backend on the same GPU: logits of prompts, chunks and mixed
 //                          plans, and greedy continuations; exit code 1 when a difference is no near-tie. With fp8: weights that
 //                          stay block FP8 against the reference on the same weights multiplied out
 //   stage_gpu profile SHAPE  one step of two layers for each of a few batches, between cudaProfilerStart and Stop (for ncu)
 //   stage_gpu bench SHAPE  prefill and decode of a whole model of that shape on one GPU, or of layers A:B of it; a SHAPE that ends in
 //                          -FP8 keeps its weights in FP8 (profile takes such shapes too)
+//   stage_gpu sampler [check|bench] sampling on the device against the host's pipeline (a part of `check` too), then the time of both
 //   stage_gpu vision [check|bench]  the fused vision tower against the reference, then the time of both (vision_gpu.h); both without a word
 // JSON rows on stdout ({suite, case, unit, ours}), words on stderr.
 #include <ATen/ATen.h>
@@ -24,6 +25,7 @@
 #include "stage/sampling/sampler.h"
 #include "stage/weights/fp8.h"
 #include "stage/weights/loader.h"
+#include "tests/gpu/sampler_gpu.h"
 #include "tests/gpu/vision_gpu.h"
 
 extern "C" cudaError_t cudaProfilerStart();  // of libcudart; the wheels have no cuda_profiler_api.h
@@ -389,6 +391,7 @@ int Main(int argc, char** argv) {
     tiny.moe->experts_per_token = 4;
     tiny.moe->intermediate = format.empty() ? 128 : 256;
     check("tiny", tiny);
+    if (!fp8 && (only.empty() || only == "sampler")) failures += CheckSampler();
     return failures == 0 ? 0 : 1;
   }
   if (job == "bench" && argc > 2) {
@@ -416,7 +419,13 @@ int Main(int argc, char** argv) {
     if (what != "check") BenchVision();
     return failures == 0 ? 0 : 1;
   }
-  std::fprintf(stderr, "usage: stage_gpu check [fp8] [30b-4-layers|235b-2-layers|4b-4-layers|tiny] | stage_gpu profile SHAPE | stage_gpu bench SHAPE [BEGIN:END] | stage_gpu vision [check|bench]\n");
+  if (job == "sampler") {
+    const std::string what = argc > 2 ? argv[2] : "";
+    const int failures = what == "bench" ? 0 : CheckSampler();
+    if (what != "check") BenchSampler();
+    return failures == 0 ? 0 : 1;
+  }
+  std::fprintf(stderr, "usage: stage_gpu check [fp8] [30b-4-layers|235b-2-layers|4b-4-layers|tiny|sampler] | stage_gpu profile SHAPE | stage_gpu bench SHAPE [BEGIN:END] | stage_gpu vision [check|bench] | stage_gpu sampler [check|bench]\n");
   return 64;
 }
 
