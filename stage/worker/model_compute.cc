@@ -289,6 +289,7 @@ Result<std::unique_ptr<StageCompute>> LoadModelCompute(weights::Checkpoint* chec
   std::unique_ptr<ops::RowSampler> sampler;
   if (device.is_cuda() && options.sampler == "auto" && options.backend != "reference" && model->last()) {
     ASSIGN_OR_RETURN(sampler, OpenSampler({.vocab = shape.vocab, .max_slots = options.max_sequences}));
+    log::Info("sampler", {{"stage", options.stage}, {"sampler", sampler ? "kernel" : "host"}});
   }
   return std::unique_ptr<StageCompute>(new ModelCompute(std::move(model), capacity, std::move(edges), std::move(sampler)));
 }

@@ -22,6 +22,7 @@
 #include "stage/base/check.h"
 #include "stage/contract/model_shape.h"
 #include "stage/model/stage_model.h"
+#include "stage/ops/row_sampler.h"
 #include "stage/sampling/sampler.h"
 #include "stage/weights/fp8.h"
 #include "stage/weights/loader.h"
@@ -31,6 +32,7 @@
 extern "C" cudaError_t cudaProfilerStart();  // of libcudart; the wheels have no cuda_profiler_api.h
 extern "C" cudaError_t cudaProfilerStop();
 extern "C" const qwen::model::StageBackendFactory* qwen_fused_backend();
+extern "C" const qwen::ops::RowSamplerFactory* qwen_fused_sampler();
 
 namespace qwen {
 namespace {
@@ -302,7 +304,9 @@ class Bench {
       }
       model_.Forward(plan, Input(plan));
     }
-    sampling::Sampler sampler({.max_slots = batch});
+    auto device = (*qwen_fused_sampler())({.vocab = shape_.vocab, .max_slots = batch});
+    QP_CHECK(device.ok()) << device.status().ToString();
+    sampling::Sampler sampler({.max_slots = batch, .device = device->get()});
     std::vector<int32_t> next(static_cast<size_t>(batch), 1);
     std::vector<double> times;
     for (int i = 0; i < kWarm + kSteps; ++i) {
