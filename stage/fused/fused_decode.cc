@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t kSkinny = kernels::kDecodeTokensMax;  // up to here own products, beyond it cuBLAS
 constexpr int64_t kFusedNorm = 2;                       // up to here every block of a product normalises for itself
-constexpr int64_t kStreamTokens = 128;                  // beyond it experts meet several tokens each: the streaming kernels
+constexpr int64_t kFewTokens = 128;                     // beyond it experts meet several tokens each: a prompt's grouped products
 
 kernels::DecodeLayersShape DecodeShape(const contract::ModelShape& shape) {
   return {.hidden = shape.hidden,
@@ -53,6 +53,9 @@ void FusedStage::AllocateDecode() {
     decode_.order = at::empty({assignments}, int32);
     decode_.weight_of = at::empty({assignments}, bf16);
     decode_.group = at::empty({shape_.moe->experts, 4}, int32);
+    decode_.count = at::empty({shape_.moe->experts}, int32);
+    decode_.end = at::empty({shape_.moe->experts}, int32);
+    decode_.row_of = at::empty({assignments}, int32);
     decode_.active = at::empty({assignments, shape_.moe->intermediate}, bf16);
     decode_.partial = at::empty({assignments, shape_.hidden}, bf16);
   }
@@ -323,7 +326,6 @@ void FusedStage::DecodeMlp(const Layer& layer, int64_t tokens) {
     return;
   }
   const kernels::MoeShapeArgs moe = MoeArgs(shape_, tokens);
-  const kernels::MoeRouting routing{Int32(b.expert_of), Bf16(b.weight_of), reinterpret_cast<int4*>(b.group.data_ptr()), Int32(b.order)};
   if (tokens <= kFusedNorm) {
     KERNEL(DecodeLinear({.x = Bf16(b.hidden),
                          .w = Bf16(layer.router),
@@ -339,11 +341,17 @@ void FusedStage::DecodeMlp(const Layer& layer, int64_t tokens) {
     KERNEL(RmsNorm(norm, stream_));
     DecodeLinear(b.normed, {layer.router, {}}, b.router_logits, tokens, nullptr);
   }
+  if (tokens > kFewTokens) {
+    const kernels::MoePermutation permutation{Int32(b.expert_of), Bf16(b.weight_of), Int32(b.count), Int32(b.end), Int32(b.order), Int32(b.row_of)};
+    KERNEL(MoePermute(moe, Bf16(b.router_logits), permutation, shape_.moe->norm_topk_prob, stream_));
+    KERNEL(MoeGroupedGateUp(moe, Bf16(b.normed), layer.grouped, permutation, Bf16(b.active), stream_));
+    KERNEL(MoeGroupedDown(moe, Bf16(b.active), layer.grouped, permutation, Bf16(b.partial), stream_));
+    KERNEL(MoePrefillCombine(moe, Bf16(b.partial), permutation, Bf16(b.hidden), Bf16(b.hidden), stream_));
+    return;
+  }
+  const kernels::MoeRouting routing{Int32(b.expert_of), Bf16(b.weight_of), reinterpret_cast<int4*>(b.group.data_ptr()), Int32(b.order)};
   KERNEL(MoeRoute(moe, Bf16(b.router_logits), routing, shape_.moe->norm_topk_prob, stream_));
-  if (tokens > kStreamTokens) {
-    KERNEL(MoeStreamGateUp(moe, Bf16(b.normed), layer.stream, routing, Bf16(b.active), stream_));
-    KERNEL(MoeStreamDown(moe, Bf16(b.active), layer.stream, routing, Bf16(b.partial), stream_));
-  } else if (layer.gate_up.fp8()) {
+  if (layer.gate_up.fp8()) {
     KERNEL(MoeGateUp(moe, Bf16(b.normed), Fp8Of(layer.gate_up.values, layer.gate_up.scales), routing, Bf16(b.active), stream_));
     KERNEL(MoeDown(moe, Bf16(b.active), Fp8Of(layer.down.values, layer.down.scales), routing, Bf16(b.partial), stream_));
   } else {

@@ -8,7 +8,6 @@
 #include "stage/fused/launch.h"
 #include "stage/kernels/fp8_weights.h"
 #include "stage/kernels/moe_grouped.h"
-#include "stage/kernels/moe_stream.h"
 
 namespace qwen::fused {
 namespace {
@@ -150,10 +149,8 @@ FusedStage::FusedStage(const contract::ModelShape& shape, const model::StageMode
       l.down = TakeMatrix(tensors, {p + "mlp.experts.down_proj"}, stream_);
       if (l.gate_up.fp8()) {
         const kernels::Fp8Matrix gate_up = Fp8Of(l.gate_up.values, l.gate_up.scales), down = Fp8Of(l.down.values, l.down.scales);
-        KERNEL(MakeMoeStreamWeights(MoeArgs(shape, 1), gate_up, down, &l.stream));
         KERNEL(MakeMoeGroupedWeights(MoeArgs(shape, 1), gate_up, down, &l.grouped));
       } else {
-        KERNEL(MakeMoeStreamWeights(MoeArgs(shape, 1), Bf16(l.gate_up.values), Bf16(l.down.values), &l.stream));
         KERNEL(MakeMoeGroupedWeights(MoeArgs(shape, 1), Bf16(l.gate_up.values), Bf16(l.down.values), &l.grouped));
       }
     } else {

@@ -23,7 +23,6 @@
 #include "stage/contract/model_shape.h"
 #include "stage/kernels/decode_layers.h"
 #include "stage/kernels/moe_grouped.h"
-#include "stage/kernels/moe_stream.h"
 #include "stage/model/stage_backend.h"
 #include "stage/model/stage_model.h"
 
@@ -59,8 +58,7 @@ class FusedStage final : public model::StageBackend {
     Matrix qkv, o;                // ((heads + 2 * kv_heads) * 128, H), (H, heads * 128)
     at::Tensor router;            // (experts, H); undefined in a dense layer
     Matrix gate_up, down;         // (experts, 2I, H), (experts, H, I); dense: (2I, H), (H, I)
-    kernels::MoeStreamWeights stream;  // how the streaming kernels find gate_up and down of a MoE layer
-    kernels::MoeGroupedWeights grouped;  // and those of a prompt
+    kernels::MoeGroupedWeights grouped;  // how the grouped products find gate_up and down of a MoE layer
     at::Tensor k_cache, v_cache;  // (blocks, block_tokens, kv_heads, 128)
   };
   struct DecodeGraph {
@@ -75,7 +73,7 @@ class FusedStage final : public model::StageBackend {
   struct DecodeBuffers {
     at::Tensor input, hidden, normed, qkv, attended, cos_sin, logits;      // rows: kDecodeBatchMax
     at::Tensor product;                                                    // of cuBLAS, before it meets the residual
-    at::Tensor router_logits, expert_of, weight_of, group, order, active, partial;  // MoE
+    at::Tensor router_logits, expert_of, weight_of, group, order, count, end, row_of, active, partial;  // MoE
     at::Tensor gate_up, dense;                                             // dense layers
   };
 

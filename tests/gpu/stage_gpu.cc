@@ -147,8 +147,9 @@ int Check(const std::string& name, const contract::ModelShape& shape) {
   QP_CHECK(tensors.ok()) << tensors.status().ToString();
   ClearChoices(shape, *tensors);
   const weights::TensorMap wide = MultipliedOut(shape, *tensors);  // before the backend puts FP8 codes into its own order
-  constexpr int kSequences = 40, kPrompt = 300, kSteps = 64;
+  constexpr int kSequences = 160, kLong = 40, kPrompt = 300, kShort = 17, kSteps = 64;  // more than 128 tokens take other kernels
   std::vector<Sequence> fused_sequences = MakeSequences(kSequences, kPrompt, kSteps + 1, shape.vocab, 7);
+  for (int s = kLong; s < kSequences; ++s) fused_sequences[static_cast<size_t>(s)].tokens.resize(kShort);
   std::vector<Sequence> reference_sequences = fused_sequences;
   const int32_t blocks = kSequences * ((kPrompt + kSteps + 1 + kBlockTokens - 1) / kBlockTokens);
   Model reference = MakeModel(shape, spec.layers, wide, blocks, kPrompt + kSteps + 1, false);
@@ -224,17 +225,20 @@ int Check(const std::string& name, const contract::ModelShape& shape) {
   both({{0, 1}, {1, 1}, {4, 283}}, "decodes beside the rest of a prompt");
   both({{0, 1}}, "one decode");
   both({{2, 1}, {3, 1}}, "two decodes");
-  for (int s = 5; s < kSequences; ++s) both({{s, kPrompt}}, "prompt");
+  for (int s = 5; s < kLong; ++s) both({{s, kPrompt}}, "prompt");
+  std::vector<std::pair<int, int32_t>> rest;
+  for (int s = kLong; s < kSequences; ++s) rest.emplace_back(s, kShort);
+  both(rest, "many short prompts");
   for (int i = 0; i < kSteps - 4; ++i) {
     std::vector<std::pair<int, int32_t>> spans;
     // batch sizes on both sides of every change of kernel, each for a while
-    const int sizes[] = {1, 2, 3, 8, 17, 32, 33, kSequences};
-    for (int s = 0; s < sizes[i % 8]; ++s) spans.emplace_back(s, 1);
+    const int sizes[] = {1, 2, 3, 8, 17, 33, 32, kLong, 129, kSequences};
+    for (int s = 0; s < sizes[i % 10]; ++s) spans.emplace_back(s, 1);
     both(spans, "decodes");
   }
   for (int s = 0; s < kSequences; ++s) greedy.same += !apart[static_cast<size_t>(s)];
   Row("check." + name + ".worst_relative_difference", "1", worst);
-  Row("check." + name + ".greedy_same", "of 40", greedy.same);
+  Row("check." + name + ".greedy_same", ("of " + std::to_string(kSequences)).c_str(), greedy.same);
   std::fprintf(stderr, "%s: %d of %d continuations the same, %d part at a near-tie, %d elsewhere; logits within %.4f\n", name.c_str(), greedy.same, kSequences,
                greedy.ties, greedy.wrong, worst);
   return failures + greedy.wrong;

@@ -9,10 +9,10 @@ elfs=$("$cuobjdump" --list-elf "$1")
 echo "$elfs"
 grep -q 'sm_90a' <<<"$elfs" || { echo "no sm_90a code in $1"; exit 1; }
 symbols=$(nm -DC "$1")  # into a variable: `nm | grep -q` fails under pipefail when grep is done before nm
-for op in PackFp8Weights MultiplyOutFp8 MoeGroupedGateUp MoeGroupedDown MakeMoeGroupedWeights DecodeLayers MoeStreamGateUp MoeStreamDown MakeMoeStreamWeights RmsNorm GatherRows RotaryTable RopeKvWrite MoePermute SiluMul MoePrefillCombine DecodeLinear MoeRoute MoeGateUp MoeDown MoeCombine AttentionDecode Sample FillSamplerState VisionPosition VisionRope; do
+for op in PackFp8Weights MultiplyOutFp8 MoeGroupedGateUp MoeGroupedDown MakeMoeGroupedWeights DecodeLayers RmsNorm GatherRows RotaryTable RopeKvWrite MoePermute SiluMul MoePrefillCombine DecodeLinear MoeRoute MoeGateUp MoeDown MoeCombine AttentionDecode Sample FillSamplerState VisionPosition VisionRope; do
   grep -q " T qwen::kernels::$op(" <<<"$symbols" || { echo "$op is not exported"; exit 1; }
 done
-for fp8 in MoeGateUp MoeDown MakeMoeStreamWeights MakeMoeGroupedWeights; do
+for fp8 in MoeGateUp MoeDown MakeMoeGroupedWeights; do
   grep -q " T qwen::kernels::$fp8(.*Fp8Matrix" <<<"$symbols" || { echo "$fp8 takes no FP8 weights"; exit 1; }
 done
 if grep -E 'NEEDED.*(torch|c10|python)' <<<"$(readelf -d "$1")"; then echo "the kernels may not need torch"; exit 1; fi

@@ -1,7 +1,6 @@
 // Goal: MoeRoute, MoeGateUp, MoeDown and MoeCombine together equal a plain MoE block in double precision with the reference's
 // roundings; ties go to the lowest expert; lists by expert are complete; touched experts are read at memory speed.
 #include "stage/kernels/moe_decode.h"
-#include "stage/kernels/moe_stream.h"
 
 #include <numeric>
 #include <set>
@@ -126,20 +125,6 @@ TEST(MoeBlock, EqualsTheOracle) {
     const Difference d = Compare(y.Download(), want);
     EXPECT_EQ(d.nan, 0u);
     EXPECT_LT(d.relative(), 4e-3) << "max " << d.max_abs;
-
-    // The same block as a stream of weights.
-    MoeStreamWeights weights;
-    CUDA_OK(MakeMoeStreamWeights(s, dg.get(), dd.get(), &weights));
-    b.h.Poison();
-    b.partial.Poison();
-    y.Poison();
-    CUDA_OK(MoeStreamGateUp(s, dx.get(), weights, b.routing(), b.h.get(), nullptr));
-    CUDA_OK(MoeStreamDown(s, b.h.get(), weights, b.routing(), b.partial.get(), nullptr));
-    CUDA_OK(MoeCombine(s, b.partial.get(), dr.get(), y.get(), nullptr));
-    CUDA_OK(cudaDeviceSynchronize());
-    const Difference streamed = Compare(y.Download(), want);
-    EXPECT_EQ(streamed.nan, 0u);
-    EXPECT_LT(streamed.relative(), 4e-3) << "max " << streamed.max_abs;
   }
 }
 

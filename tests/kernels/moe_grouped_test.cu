@@ -133,7 +133,7 @@ TEST(MoeGrouped, Speed) {
     auto gate_up = Noise(size_t(128) * 2 * base.inter * base.hidden, 0.02f, 1), down = Noise(size_t(128) * base.hidden * base.inter, 0.02f, 2);
     MoeGroupedWeights weights;
     CUDA_OK(MakeMoeGroupedWeights(base, gate_up.get(), down.get(), &weights));
-    for (const int tokens : {128, 512, 2048, 8192, 16384}) {
+    for (const int tokens : {128, 256, 2048, 8192, 16384}) {
       MoeShapeArgs shape = base;
       shape.tokens = tokens;
       const size_t assignments = size_t(tokens) * 8;
@@ -150,6 +150,8 @@ TEST(MoeGrouped, Speed) {
       PrintProductRow("moe_grouped_gate_up" + name, up, 2 * weight_bytes + 2.0 * tokens * base.hidden + 2.0 * assignments * base.inter, 2 * products);
       const auto dn = TimeGraph([&](int, cudaStream_t s) { CUDA_MUST(MoeGroupedDown(shape, active.get(), weights, permutation, sorted.get(), s)); }, 4);
       PrintProductRow("moe_grouped_down" + name, dn, weight_bytes + 2.0 * assignments * (base.inter + base.hidden), products);
+      if (tokens > 256) continue;
+      PrintRow("moe_permute" + name, TimeGraph([&](int, cudaStream_t s) { CUDA_MUST(MoePermute(shape, logits.get(), permutation, true, s)); }, 4), 2.0 * tokens * 128);
     }
   }
 }

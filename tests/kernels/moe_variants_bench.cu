@@ -4,7 +4,6 @@
 
 #include <span>
 
-#include "stage/kernels/moe_stream.h"
 #include "tests/kernels/fp8_weights.h"
 #include "tests/kernels/harness.h"
 
@@ -55,16 +54,8 @@ TEST(MoeVariants, Speed) {
     for (const int tokens : {1, 8, 16, 32, 64, 128, 256}) {
       const MoeShapeArgs shape{tokens, hidden, inter, 128, 8};
       const RoutedNoise noise(shape);
-      MoeStreamWeights streams[layers];
-      for (int l = 0; l < layers; ++l) {
-        CUDA_OK(MakeMoeStreamWeights(shape, wg.get() + size_t(l) * 128 * 2 * inter * hidden, wd.get() + size_t(l) * 128 * inter * hidden, &streams[l]));
-      }
       for (const bool up : {true, false}) {
         const double bytes = double(noise.active) * (up ? 4.0 : 2.0) * hidden * inter;
-        const double streamed = TimeGraph([&](int call, cudaStream_t s) {
-          CUDA_MUST(up ? MoeStreamGateUp(shape, noise.x.get(), streams[call % layers], noise.routing, noise.h.get(), s) : MoeStreamDown(shape, noise.h.get(), streams[call % layers], noise.routing, noise.out.get(), s));
-        }, 8);
-        PrintRow(std::string(up ? "gate_up." : "down.") + model + ".tokens" + std::to_string(tokens) + ".stream", streamed, bytes);
         const Variant* list = up ? gate_up : down;
         for (size_t i = 0; i < (up ? std::size(gate_up) : std::size(down)); ++i) {
           const Variant& v = list[i];

@@ -12,7 +12,6 @@ namespace qwen::kernels::decode {
 
 constexpr int kGrid = 128;     // blocks; the other four multiprocessors of an H200 are for NCCL
 constexpr int kWarps = 16;     // that compute; each takes a sixteenth of every sum
-constexpr int kThreads = (kWarps + 1) * 32;
 constexpr int kPieceRows = 8;  // a piece of weights: 8 rows of kPiece values, or of kDownPiece in the down projection
 constexpr int kPiece = 1024, kDownPiece = 768;
 constexpr int kWarpPiece = 64;                         // values of a piece's row that one warp multiplies
@@ -38,6 +37,10 @@ struct Plan {
   static constexpr int kSlotBytes = kPieceRows * kPieceStride;
   static constexpr int kLaneColumns = 16 / sizeof(Value);  // neighbours that a lane multiplies
   static constexpr int kPair = kNext ? 2 : 1;              // warps that share a tile of keys and values
+  // Warps that load, piece by piece in turn: one needs 450 ns for the copies of a piece, which is a piece of bf16 at the memory's full
+  // speed, and two of FP8.
+  static constexpr int kLoaders = kNext && kFp8 ? 4 : 2;
+  static constexpr int kThreads = (kWarps + kLoaders) * 32;
   static constexpr int kHidden = kHidden_, kHeads = kHeads_, kKvHeads = kKvHeads_, kInter = kInter_, kTokens = kTokens_;
   static constexpr int kGroup = kHeads / kKvHeads, kWidth = kHeads * kHeadDim, kQkv = (kHeads + 2 * kKvHeads) * kHeadDim;
   static constexpr int kQkvRows = kQkv / kGrid, kQkvUnits = kQkvRows / kPieceRows;  // of one block
@@ -128,6 +131,13 @@ __device__ __forceinline__ void ConsumerSync() { asm volatile("bar.sync 1, %0;" 
 struct RingAt {
   int slot = 0;
   uint32_t parity = 0;
+  int turns = 0;  // of a loading warp: pieces until its next one
+  template <int kLoaders>
+  __device__ __forceinline__ bool TakesTurn() {
+    const bool mine = turns == 0;
+    turns = mine ? kLoaders - 1 : turns - 1;
+    return mine;
+  }
   template <int kSlots>
   __device__ __forceinline__ void Next() {
     if (++slot == kSlots) {
@@ -166,20 +176,13 @@ __device__ __forceinline__ const float* PieceScales([[maybe_unused]] const typen
   }
 }
 
-// The loading warp: 8 rows of `bytes` bytes, rows `row_values` apart, and in FP8 their scales.
+// A loading warp whose turn it is: 8 rows, `row_values` apart, and in FP8 their scales.
 template <class P, int kStride>
 __device__ __forceinline__ void LoadPiece(Shared<P>& sm, RingAt& at, const typename P::Value* from, int row_values, const float* scales) {
   constexpr uint32_t kBytes = kStride - kRowPad, kScaleBytes = P::kFp8 ? kPieceScales * sizeof(float) : 0;
   const int lane = threadIdx.x & 31;
-  BarrierWait(&sm.empty[at.slot], at.parity ^ 1);
-  if constexpr (P::kNext) {
-    if (lane == 0) {  // one lane: the instruction takes uniform registers, so several lanes would take turns in a loop
-      BarrierArriveExpect(&sm.full[at.slot], kPieceRows * kBytes + kScaleBytes);
-#pragma unroll
-      for (int r = 0; r < kPieceRows; ++r) BulkCopy(sm.slots[at.slot] + r * kStride, from + static_cast<size_t>(r) * row_values, kBytes, &sm.full[at.slot]);
-      if constexpr (P::kFp8) BulkCopy(sm.slots[at.slot] + kBytes, scales, kScaleBytes, &sm.full[at.slot]);
-    }
-  } else {
+  if (at.TakesTurn<P::kLoaders>()) {
+    BarrierWait(&sm.empty[at.slot], at.parity ^ 1);
     if (lane == 0) BarrierArriveExpect(&sm.full[at.slot], kPieceRows * kBytes + kScaleBytes);
     __syncwarp();
     if (lane < kPieceRows) {

@@ -1,4 +1,4 @@
-// stage/kernels/decode_layers/step.cuh — the kernel of DecodeLayers: a warp that loads, 16 that compute, phase by phase.
+// stage/kernels/decode_layers/step.cuh — the kernel of DecodeLayers: warps that load, 16 that compute, phase by phase.
 #pragma once
 #include "stage/kernels/common/launch.cuh"
 #include "stage/kernels/decode_layers/attention.cuh"
@@ -83,9 +83,9 @@ __device__ __forceinline__ void PublishRows(Word (*copies)[kTokensMax][P::kHidde
 }
 
 template <class P>
-__device__ void LoadWeights(const DecodeLayersArgs& args, Shared<P>& sm) {
+__device__ void LoadWeights(const DecodeLayersArgs& args, Shared<P>& sm, int loader) {
   const int block = blockIdx.x, lane = threadIdx.x & 31;
-  RingAt at;
+  RingAt at{.turns = loader};
   for (int l = 0; l < args.layer_count; ++l) {
     const typename P::Layer& layer = Layers<P>(args)[l];
     const size_t qkv_row = static_cast<size_t>(block) * P::kQkvRows;
@@ -103,9 +103,9 @@ __device__ void LoadWeights(const DecodeLayersArgs& args, Shared<P>& sm) {
       }
     }
     // What is small and read by plain loads at a moment when everybody waits for it.
-    if (block < args.shape.experts && lane == 0) BulkPrefetch(layer.router + static_cast<size_t>(block) * P::kHidden, P::kHidden * 2);
-    if (block == 0 && lane == 0) BulkPrefetch(layer.post_norm, P::kHidden * 2);
-    if (block == 0 && lane == 1 && l + 1 < args.layer_count) {
+    if (block < args.shape.experts && loader == 0 && lane == 0) BulkPrefetch(layer.router + static_cast<size_t>(block) * P::kHidden, P::kHidden * 2);
+    if (block == 0 && loader == 0 && lane == 0) BulkPrefetch(layer.post_norm, P::kHidden * 2);
+    if (block == 0 && loader == 0 && lane == 1 && l + 1 < args.layer_count) {
       BulkPrefetch(Layers<P>(args)[l + 1].input_norm, P::kHidden * 2);
       BulkPrefetch(Layers<P>(args)[l + 1].q_norm, kHeadDim * 2);
       BulkPrefetch(Layers<P>(args)[l + 1].k_norm, kHeadDim * 2);
@@ -271,7 +271,7 @@ __device__ void Compute(const DecodeLayersArgs& args, Shared<P>& sm) {
 }
 
 template <class P>
-__global__ void __launch_bounds__(kThreads, 1) DecodeLayersKernel(const DecodeLayersArgs args) {
+__global__ void __launch_bounds__(P::kThreads, 1) DecodeLayersKernel(const DecodeLayersArgs args) {
   extern __shared__ __align__(128) unsigned char raw[];
   Shared<P>& sm = *reinterpret_cast<Shared<P>*>(raw);
   if (threadIdx.x == 0) {
@@ -283,8 +283,8 @@ __global__ void __launch_bounds__(kThreads, 1) DecodeLayersKernel(const DecodeLa
     FenceBarrierInit();
   }
   __syncthreads();
-  if (threadIdx.x / 32 == kWarps) {
-    LoadWeights<P>(args, sm);
+  if (const int warp = static_cast<int>(threadIdx.x) / 32; warp >= kWarps) {
+    LoadWeights<P>(args, sm, warp - kWarps);
   } else {
     Compute<P>(args, sm);
   }
@@ -299,7 +299,7 @@ cudaError_t LaunchPlan(const DecodeLayersArgs& args, cudaStream_t stream) {
   cooperative.val.cooperative = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(kGrid);
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(P::kThreads);
   config.dynamicSmemBytes = sizeof(Shared<P>);
   config.stream = stream;
   config.attrs = &cooperative;
