@@ -138,7 +138,8 @@ TEST(RunAhead, ChangesNoBitHoweverSequencesComeAndGo) {
       free.pop_back();
     }
   };
-  int decode_plans = 0;
+  int decode_plans = 0, begun_plans = 0;
+  StageModel::Ahead begun;  // what the model said that it had begun
   for (int step = 0; step < 400; ++step) {
     for (size_t i = live.size(); i-- > 0;) {
       if (!chance(25) && live[i].tokens.size() < 40) continue;
@@ -165,14 +166,23 @@ TEST(RunAhead, ChangesNoBitHoweverSequencesComeAndGo) {
     const auto want = plain->Forward(plan, {}), got = ahead->Forward(plan, {});
     ASSERT_TRUE(want.ok() && got.ok());
     ASSERT_TRUE(at::equal(want->logits, got->logits)) << "step " << step;
+    begun_plans += got->begun;
+    for (size_t i = 0, row = 0; got->begun && i < live.size(); ++i) {  // then every row is one of that step's, of the same sequence and token
+      while (row < begun.plan.spans.size() && begun.plan.spans[row].sequence != live[i].id) ++row;
+      ASSERT_LT(row, begun.plan.spans.size());
+      ASSERT_EQ(begun.plan.spans[row].tokens, plan.spans[i].tokens);
+      ASSERT_TRUE(at::equal(begun.logits[static_cast<int64_t>(row)], got->logits[static_cast<int64_t>(i)]));
+    }
     std::vector<step::SampledToken> samples;
     for (size_t i = 0; i < live.size(); ++i) {
       const auto token = static_cast<int32_t>(want->logits[static_cast<int64_t>(i)].argmax().item<int64_t>());
       samples.push_back({.sequence = live[i].id, .token = token});
       live[i].tokens.push_back(token);
     }
-    ahead->RunAhead(plan, samples);
+    const StageModel::Ahead* next = ahead->RunAhead(plan, samples);
+    begun = next != nullptr ? *next : StageModel::Ahead();
   }
+  EXPECT_GT(begun_plans, decode_plans / 2);
   EXPECT_GT(decode_plans, 300);
   EXPECT_GT(counts.decodes, decode_plans) << "no guess was wrong: the test shows nothing";
   EXPECT_LT(counts.decodes, decode_plans * 3 / 2);
