@@ -137,11 +137,37 @@ at::Tensor FusedVision::Attention(const Block& block, const at::Tensor& x, const
                      .head_dim = shape_.head_dim()},
                     c10::cuda::getCurrentCUDAStream()));
   const at::Tensor parts = qkv.view({pass.patches, 3 * heads, dim});
+  if (pass.cudnn && !cudnn_refused_) {
+    const auto by_frame = [&](int64_t first) {
+      return parts.narrow(1, first, heads).view({pass.frames, pass.frame_patches_max, heads, dim}).transpose(1, 2);
+    };
+    at::Tensor out;
+    try {
+      out = std::get<0>(at::_scaled_dot_product_cudnn_attention(by_frame(0), by_frame(heads), by_frame(2 * heads), std::nullopt,
+                                                                /*compute_log_sumexp=*/false, /*dropout_p=*/0.0, /*is_causal=*/false,
+                                                                /*return_debug_mask=*/false, 1.0 / std::sqrt(static_cast<double>(dim))));
+    } catch (const c10::Error&) {
+      cudnn_refused_ = true;  // no cuDNN, or none that can: flash attention does it
+    }
+    if (out.defined()) return Linear(out.transpose(1, 2).reshape({pass.patches, shape_.hidden}), block.proj);
+  }
   const at::Tensor attended = std::get<0>(at::_flash_attention_forward(parts.narrow(1, 0, heads), parts.narrow(1, heads, heads), parts.narrow(1, 2 * heads, heads),
                                                                        metadata.frame_ends, metadata.frame_ends, pass.frame_patches_max,
                                                                        pass.frame_patches_max, 0.0, /*is_causal=*/false, /*return_debug_mask=*/false,
                                                                        1.0 / std::sqrt(static_cast<double>(dim))));
   return Linear(attended.reshape({pass.patches, shape_.hidden}), block.proj);
+}
+
+bool FusedVision::TakesCudnn(const Pass& pass) const {
+  if (!pass.equal_frames) return false;
+  const std::pair<int64_t, int64_t> kind(pass.frames, pass.frame_patches_max);
+  if (seen_.size() >= kCudnnKindsMax && !seen_.contains(kind)) return false;
+  int& count = seen_[kind];
+  if (count > kCudnnAfter) return true;
+  if (count == kCudnnAfter && cudnn_plans_ >= kCudnnPlansMax) return false;
+  if (++count <= kCudnnAfter) return false;
+  ++cudnn_plans_;
+  return true;
 }
 
 void FusedVision::Merge(const Merger& merger, const at::Tensor& normed, at::Tensor out) const {
@@ -184,6 +210,7 @@ std::vector<at::Tensor> FusedVision::Encode(std::span<const step::VisionInput> i
   std::vector<at::Tensor> features(inputs.size());
   Pass pass;
   const auto run = [&] {
+    pass.cudnn = TakesCudnn(pass);
     const at::Tensor all = Run(inputs, pass);
     int64_t row = 0;
     for (const Piece& piece : pass.pieces) {
@@ -210,6 +237,7 @@ std::vector<at::Tensor> FusedVision::Encode(std::span<const step::VisionInput> i
       ++pass.pieces.back().frames;
       ++pass.frames;
       pass.patches += count;
+      pass.equal_frames &= pass.frame_patches_max == 0 || pass.frame_patches_max == count;
       pass.frame_patches_max = std::max(pass.frame_patches_max, count);
       pass.side_max = std::max({pass.side_max, height, width});
     }
