@@ -227,6 +227,7 @@ void FusedStage::EnqueueDecode(int64_t tokens, int64_t table_stride) {
   const float eps = shape_.rms_eps;
   DecodeBuffers& b = decode_;
   const bool one_kernel = tokens <= one_kernel_tokens_;  // it takes its rows itself
+  bool begun = false;
   if (!one_kernel && first_) {
     KERNEL(GatherRows(Bf16(embedding_), meta.tokens, Bf16(b.hidden), count, shape_.hidden, stream_));
   } else if (!one_kernel) {
@@ -255,12 +256,15 @@ void FusedStage::EnqueueDecode(int64_t tokens, int64_t table_stride) {
                          .block_tokens = static_cast<int>(block_tokens_),
                          .table_stride = static_cast<int>(table_stride),
                          .normalise = shape_.moe->norm_topk_prob},
-                        stream_, {.fp8 = layers_.front().qkv.fp8()}));
+                        stream_, layers_.front().qkv.fp8()));
   } else {
-    for (const Layer& layer : layers_) EnqueueLayer(layer, tokens, table_stride);
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      const at::Tensor* next = i + 1 < layers_.size() ? &layers_[i + 1].input_norm : last_ ? &norm_ : nullptr;
+      begun = EnqueueLayer(layers_[i], tokens, table_stride, begun, next);
+    }
   }
   if (last_) {
-    DecodeNorm(norm_, tokens);
+    if (!begun) DecodeNorm(norm_, tokens);
     DecodeLinear(b.normed, {lm_head_, {}}, b.logits, tokens, nullptr);
   }
 }
@@ -272,7 +276,7 @@ void FusedStage::DecodeNorm(const at::Tensor& weight, int64_t tokens) {
 }
 
 // One layer as a chain of kernels.
-void FusedStage::EnqueueLayer(const Layer& layer, int64_t tokens, int64_t table_stride) {
+bool FusedStage::EnqueueLayer(const Layer& layer, int64_t tokens, int64_t table_stride, bool begun, const at::Tensor* next_norm) {
   const Metadata meta = At(device_meta_.data_ptr<int32_t>());
   const int count = static_cast<int>(tokens);
   const float eps = shape_.rms_eps;
@@ -289,7 +293,7 @@ void FusedStage::EnqueueLayer(const Layer& layer, int64_t tokens, int64_t table_
                          .fp8 = layer.qkv.fp8() ? Fp8Of(layer.qkv.values, layer.qkv.scales) : kernels::Fp8Matrix{}},
                         stream_));
   } else {
-    DecodeNorm(layer.input_norm, tokens);
+    if (!begun) DecodeNorm(layer.input_norm, tokens);
     DecodeLinear(b.normed, layer.qkv, b.qkv, tokens, nullptr);
   }
   KERNEL(AttentionDecode({.qkv = Bf16(b.qkv),
@@ -308,22 +312,29 @@ void FusedStage::EnqueueLayer(const Layer& layer, int64_t tokens, int64_t table_
                           .block_tokens = static_cast<int>(block_tokens_),
                           .table_stride = static_cast<int>(table_stride)},
                          stream_));
-  DecodeLinear(b.attended, layer.o, b.hidden, tokens, &b.hidden);
-  DecodeMlp(layer, tokens);
+  if (tokens <= kSkinny) {
+    DecodeLinear(b.attended, layer.o, b.hidden, tokens, &b.hidden);
+    return DecodeMlp(layer, tokens, /*added=*/true, next_norm);
+  }
+  DecodeLinear(b.attended, layer.o, b.product, tokens, nullptr);
+  return DecodeMlp(layer, tokens, /*added=*/false, next_norm);
 }
 
-void FusedStage::DecodeMlp(const Layer& layer, int64_t tokens) {
+bool FusedStage::DecodeMlp(const Layer& layer, int64_t tokens, bool added, const at::Tensor* next_norm) {
   DecodeBuffers& b = decode_;
   const int count = static_cast<int>(tokens);
   const float eps = shape_.rms_eps;
-  const kernels::RmsNormArgs norm{
-      .x = Bf16(b.hidden), .weight = Bf16(layer.post_norm), .y = Bf16(b.normed), .eps = eps, .tokens = count, .hidden = shape_.hidden};
+  kernels::RmsNormArgs norm{.x = Bf16(b.hidden), .weight = Bf16(layer.post_norm), .y = Bf16(b.normed), .eps = eps, .tokens = count, .hidden = shape_.hidden};
+  if (!added) {
+    norm.add = Bf16(b.product);
+    norm.sum = Bf16(b.hidden);
+  }
   if (!layer.router.defined()) {
     KERNEL(RmsNorm(norm, stream_));
     DecodeLinear(b.normed, layer.gate_up, b.gate_up, tokens, nullptr);
     KERNEL(SiluMul(Bf16(b.gate_up), Bf16(b.dense), count, shape_.intermediate, stream_));
     DecodeLinear(b.dense, layer.down, b.hidden, tokens, &b.hidden);
-    return;
+    return false;
   }
   const kernels::MoeShapeArgs moe = MoeArgs(shape_, tokens);
   if (tokens <= kFusedNorm) {
@@ -346,8 +357,8 @@ void FusedStage::DecodeMlp(const Layer& layer, int64_t tokens) {
     KERNEL(MoePermute(moe, Bf16(b.router_logits), permutation, shape_.moe->norm_topk_prob, stream_));
     KERNEL(MoeGroupedGateUp(moe, Bf16(b.normed), layer.grouped, permutation, Bf16(b.active), stream_));
     KERNEL(MoeGroupedDown(moe, Bf16(b.active), layer.grouped, permutation, Bf16(b.partial), stream_));
-    KERNEL(MoePrefillCombine(moe, Bf16(b.partial), permutation, Bf16(b.hidden), Bf16(b.hidden), stream_));
-    return;
+    KERNEL(MoePrefillCombine(moe, Bf16(b.partial), permutation, Bf16(b.hidden), Bf16(b.hidden), stream_, NextNorm(next_norm, b.normed)));
+    return next_norm != nullptr;
   }
   const kernels::MoeRouting routing{Int32(b.expert_of), Bf16(b.weight_of), reinterpret_cast<int4*>(b.group.data_ptr()), Int32(b.order)};
   KERNEL(MoeRoute(moe, Bf16(b.router_logits), routing, shape_.moe->norm_topk_prob, stream_));
@@ -359,6 +370,7 @@ void FusedStage::DecodeMlp(const Layer& layer, int64_t tokens) {
     KERNEL(MoeDown(moe, Bf16(b.active), Bf16(layer.down.values), routing, Bf16(b.partial), stream_));
   }
   KERNEL(MoeCombine(moe, Bf16(b.partial), Bf16(b.hidden), Bf16(b.hidden), stream_));
+  return false;
 }
 
 }  // namespace qwen::fused

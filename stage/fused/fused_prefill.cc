@@ -132,9 +132,12 @@ Result<model::StageOutput> FusedStage::Prefill(const step::StepPlan& plan, model
   const at::Tensor qkv_rows = at::empty({tokens + kCudnnStep, width}, bf16);
   if (cudnn) qkv_rows.narrow(0, tokens, kCudnnStep).zero_();  // a NaN there times probability 0 would still be NaN
   at::Tensor qkv = qkv_rows.narrow(0, 0, tokens);
+  bool begun = false;  // `normed` holds the layer's first norm already
   for (size_t i = 0; i < layers_.size(); ++i) {
     const Layer& layer = layers_[i];
-    KERNEL(RmsNorm({.x = Bf16(hidden), .weight = Bf16(layer.input_norm), .y = Bf16(normed), .eps = eps, .tokens = count, .hidden = shape_.hidden}, stream_));
+    if (!begun) {
+      KERNEL(RmsNorm({.x = Bf16(hidden), .weight = Bf16(layer.input_norm), .y = Bf16(normed), .eps = eps, .tokens = count, .hidden = shape_.hidden}, stream_));
+    }
     at::mm_out(qkv, normed, Bf16Weight(layer.qkv).t());
     if (decodes > 0) {
       KERNEL(AttentionDecode({.qkv = Bf16(qkv),
@@ -186,9 +189,11 @@ Result<model::StageOutput> FusedStage::Prefill(const step::StepPlan& plan, model
         attended.narrow(0, decodes, prompts).copy_(out.view({prompts, heads * kDim}));
       }
     }
-    hidden.add_(at::mm(attended, Bf16Weight(layer.o).t()));
-    KERNEL(RmsNorm({.x = Bf16(hidden), .weight = Bf16(layer.post_norm), .y = Bf16(normed), .eps = eps, .tokens = count, .hidden = shape_.hidden}, stream_));
-    hidden = PrefillMlp(layer, hidden, normed);
+    const at::Tensor product = at::mm(attended, Bf16Weight(layer.o).t());
+    KERNEL(RmsNorm({.x = Bf16(hidden), .weight = Bf16(layer.post_norm), .y = Bf16(normed), .add = Bf16(product), .sum = Bf16(hidden), .eps = eps, .tokens = count, .hidden = shape_.hidden},
+                   stream_));
+    begun = layer.router.defined() && !state.deepstack.defined() && i + 1 < layers_.size();
+    hidden = PrefillMlp(layer, hidden, normed, begun ? &layers_[i + 1].input_norm : nullptr);
     if (state.deepstack.defined()) {  // the first tap still owed belongs to this layer
       const at::Tensor rows = hidden.index_select(0, visual_rows) + state.deepstack[0];
       hidden.index_copy_(0, visual_rows, rows);
@@ -212,7 +217,12 @@ Result<model::StageOutput> FusedStage::Prefill(const step::StepPlan& plan, model
   return output;
 }
 
-at::Tensor FusedStage::PrefillMlp(const Layer& layer, at::Tensor hidden, const at::Tensor& normed) {
+kernels::MoeNextNorm FusedStage::NextNorm(const at::Tensor* weight, const at::Tensor& to) const {
+  if (weight == nullptr) return {};
+  return {.weight = Bf16(*weight), .y = Bf16(to), .eps = shape_.rms_eps};
+}
+
+at::Tensor FusedStage::PrefillMlp(const Layer& layer, at::Tensor hidden, const at::Tensor& normed, const at::Tensor* next_norm) {
   const int64_t tokens = hidden.size(0);
   if (!layer.router.defined()) {
     const at::Tensor gate_up = at::mm(normed, Bf16Weight(layer.gate_up).t());
@@ -232,7 +242,7 @@ at::Tensor FusedStage::PrefillMlp(const Layer& layer, at::Tensor hidden, const a
   const at::Tensor active = at::empty({assignments, moe.inter}, hidden.options()), down = at::empty({assignments, moe.hidden}, hidden.options());
   KERNEL(MoeGroupedGateUp(moe, Bf16(normed), layer.grouped, permutation, Bf16(active), stream_));
   KERNEL(MoeGroupedDown(moe, Bf16(active), layer.grouped, permutation, Bf16(down), stream_));
-  KERNEL(MoePrefillCombine(moe, Bf16(down), permutation, Bf16(hidden), Bf16(hidden), stream_));
+  KERNEL(MoePrefillCombine(moe, Bf16(down), permutation, Bf16(hidden), Bf16(hidden), stream_, NextNorm(next_norm, normed)));
   return hidden;
 }
 

@@ -23,6 +23,7 @@
 #include "stage/contract/model_shape.h"
 #include "stage/kernels/decode_layers.h"
 #include "stage/kernels/moe_grouped.h"
+#include "stage/kernels/moe_prefill.h"
 #include "stage/model/stage_backend.h"
 #include "stage/model/stage_model.h"
 
@@ -96,10 +97,14 @@ class FusedStage final : public model::StageBackend {
   at::Tensor Bf16Weight(const Matrix& matrix);
   void DecodeLinear(const at::Tensor& x, const Matrix& weight, at::Tensor& y, int64_t tokens, const at::Tensor* residual);
   void DecodeNorm(const at::Tensor& weight, int64_t tokens);
-  void EnqueueLayer(const Layer& layer, int64_t tokens, int64_t table_stride);
-  void DecodeMlp(const Layer& layer, int64_t tokens);
-  // Adds the block to `hidden` (in place) and returns it. `normed`: hidden after the post-attention norm.
-  at::Tensor PrefillMlp(const Layer& layer, at::Tensor hidden, const at::Tensor& normed);
+  // `begun`: decode_.normed holds the layer's first norm already; returns whether it now holds that of `next_norm`, the next norm's weight (or null).
+  bool EnqueueLayer(const Layer& layer, int64_t tokens, int64_t table_stride, bool begun, const at::Tensor* next_norm);
+  // `added`: decode_.product is still to be added to the residual stream.
+  bool DecodeMlp(const Layer& layer, int64_t tokens, bool added, const at::Tensor* next_norm);
+  kernels::MoeNextNorm NextNorm(const at::Tensor* weight, const at::Tensor& to) const;
+  // Adds the block to `hidden` (in place) and returns it. `normed`: hidden after the post-attention norm; with `next_norm` (of a MoE
+  // layer) it then holds hidden after that one.
+  at::Tensor PrefillMlp(const Layer& layer, at::Tensor hidden, const at::Tensor& normed, const at::Tensor* next_norm);
 
   const contract::ModelShape shape_;
   const contract::LayerRange range_;

@@ -5,8 +5,8 @@
 namespace qwen::kernels {
 namespace decode {
 
-cudaError_t LaunchBf16(const DecodeLayersArgs& args, bool next, cudaStream_t stream) {
-  return next ? LaunchShape<__nv_bfloat16, true>(args, stream) : LaunchShape<__nv_bfloat16, false>(args, stream);
+cudaError_t LaunchBf16(const DecodeLayersArgs& args, cudaStream_t stream) {
+  return LaunchShape<__nv_bfloat16>(args, stream);
 }
 
 namespace {
@@ -41,14 +41,14 @@ size_t DecodeLayersWorkspace(const DecodeLayersShape& shape) {
   return Is<Small<1>>(shape) ? sizeof(Workspace<Small<1>>) : sizeof(Workspace<Large<1>>);
 }
 
-cudaError_t DecodeLayers(const DecodeLayersArgs& args, cudaStream_t stream, const DecodeLayersKind& kind) {
+cudaError_t DecodeLayers(const DecodeLayersArgs& args, cudaStream_t stream, bool fp8) {
   using namespace decode;
   const DecodeLayersShape& s = args.shape;
   if (!Fits(s) || args.tokens < 1 || args.tokens > TokensMax(s) || args.layer_count < 1 || args.layer_count > kDecodeLayersMax ||
       args.block_tokens < kTileTokens || (args.block_tokens & (args.block_tokens - 1)) != 0) {
     return cudaErrorInvalidValue;
   }
-  return kind.fp8 ? LaunchFp8(args, kind.next, stream) : LaunchBf16(args, kind.next, stream);
+  return fp8 ? LaunchFp8(args, stream) : LaunchBf16(args, stream);
 }
 
 }  // namespace qwen::kernels

@@ -53,17 +53,12 @@ struct DecodeLayersArgs {
   int tokens = 0, block_tokens = 0, table_stride = 0;
   bool normalise = true;
 };
-struct DecodeLayersKind {
-  bool fp8 = false;  // DecodeLayersArgs::layers is an array of DecodeLayerFp8
-  // The version that is meant to come next, for tests and measurements: two warps share a tile of attention, a lane asks for a whole
-  // piece of weights, words that have come are not polled again. Has run on a GPU in parts only.
-  bool next = false;
-};
 constexpr int kDecodeLayersMax = 120;
 
 // Tokens a step may have on the current device; 0 when shape or device do not fit.
 int DecodeLayersTokens(const DecodeLayersShape& shape);
 size_t DecodeLayersWorkspace(const DecodeLayersShape& shape);
-cudaError_t DecodeLayers(const DecodeLayersArgs& args, cudaStream_t stream, const DecodeLayersKind& kind = {});
+// `fp8`: DecodeLayersArgs::layers is an array of DecodeLayerFp8.
+cudaError_t DecodeLayers(const DecodeLayersArgs& args, cudaStream_t stream, bool fp8 = false);
 
 }  // namespace qwen::kernels

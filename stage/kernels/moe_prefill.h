@@ -29,7 +29,13 @@ cudaError_t MoePermute(const MoeShapeArgs& shape, const __nv_bfloat16* logits, c
 cudaError_t SiluMul(const __nv_bfloat16* gate_up, __nv_bfloat16* h, int rows, int inter, cudaStream_t stream);
 
 // y[t] = residual[t] + sum over ranks of sorted[row_of[a]] * weight_of[a]; y may alias residual. sorted: (assignments, hidden).
+// With `norm` also norm.y[t] = RMSNorm(y[t]) by norm.weight (rms_norm.h): what the next layer begins with. REQUIRES: hidden <= 16384.
+struct MoeNextNorm {
+  const __nv_bfloat16* weight = nullptr;  // (hidden); with y, or neither
+  __nv_bfloat16* y = nullptr;             // (tokens, hidden), not y of the sum
+  float eps = 1e-6f;
+};
 cudaError_t MoePrefillCombine(const MoeShapeArgs& shape, const __nv_bfloat16* sorted, const MoePermutation& permutation,
-                              const __nv_bfloat16* residual, __nv_bfloat16* y, cudaStream_t stream);
+                              const __nv_bfloat16* residual, __nv_bfloat16* y, cudaStream_t stream, const MoeNextNorm& norm = {});
 
 }  // namespace qwen::kernels

@@ -10,7 +10,7 @@ constexpr int kWarps = 8;
 constexpr int kVectorsMax = 8;  // 16-byte vectors a thread keeps in registers: hidden <= 8 * 256 * 8
 
 // kVectors: enough for this width. More than are needed would cost registers, and with them rows in flight.
-template <int kVectors>
+template <int kVectors, bool kAdd>
 __global__ void __launch_bounds__(kWarps * 32) RmsNormKernel(const RmsNormArgs args) {
   __shared__ float scratch[kWarps];
   const int vectors = args.hidden / 8;
@@ -29,6 +29,13 @@ __global__ void __launch_bounds__(kWarps * 32) RmsNormKernel(const RmsNormArgs a
   for (int i = 0; i < kVectors; ++i) {
     const int v = i * kWarps * 32 + threadIdx.x;
     kept[i] = v < vectors ? LoadActivation(from + v) : make_uint4(0, 0, 0, 0);
+    if constexpr (kAdd) {
+      if (v < vectors) {
+        const size_t at = static_cast<size_t>(blockIdx.x) * vectors + v;
+        kept[i] = AddBf16(kept[i], LoadActivation(reinterpret_cast<const uint4*>(args.add) + at));
+        reinterpret_cast<uint4*>(args.sum)[at] = kept[i];
+      }
+    }
   }
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
@@ -56,16 +63,21 @@ __global__ void __launch_bounds__(kWarps * 32) RmsNormKernel(const RmsNormArgs a
   }
 }
 
+template <int kVectors>
+cudaError_t LaunchWidth(const RmsNormArgs& args, cudaStream_t stream) {
+  const LaunchShape shape = {.grid = dim3(args.tokens), .block = dim3(kWarps * 32)};
+  return args.add != nullptr ? Launch(RmsNormKernel<kVectors, true>, shape, stream, args) : Launch(RmsNormKernel<kVectors, false>, shape, stream, args);
+}
+
 }  // namespace
 
 cudaError_t RmsNorm(const RmsNormArgs& args, cudaStream_t stream) {
-  if (args.tokens < 1 || args.hidden < 8 || args.hidden % 8 != 0 || args.hidden > kVectorsMax * kWarps * 32 * 8) return cudaErrorInvalidValue;
-  const LaunchShape shape = {.grid = dim3(args.tokens), .block = dim3(kWarps * 32)};
+  if (args.tokens < 1 || args.hidden < 8 || args.hidden % 8 != 0 || args.hidden > kVectorsMax * kWarps * 32 * 8 || (args.add == nullptr) != (args.sum == nullptr)) return cudaErrorInvalidValue;
   const int vectors = (args.hidden / 8 + kWarps * 32 - 1) / (kWarps * 32);
-  if (vectors <= 1) return Launch(RmsNormKernel<1>, shape, stream, args);
-  if (vectors <= 2) return Launch(RmsNormKernel<2>, shape, stream, args);
-  if (vectors <= 4) return Launch(RmsNormKernel<4>, shape, stream, args);
-  return Launch(RmsNormKernel<kVectorsMax>, shape, stream, args);
+  if (vectors <= 1) return LaunchWidth<1>(args, stream);
+  if (vectors <= 2) return LaunchWidth<2>(args, stream);
+  if (vectors <= 4) return LaunchWidth<4>(args, stream);
+  return LaunchWidth<kVectorsMax>(args, stream);
 }
 
 }  // namespace qwen::kernels

@@ -31,6 +31,18 @@ TEST(GatherRows, CopiesEachRowByItsIndex) {
   }
 }
 
+// weight * bf16(x / rms), of each row.
+std::vector<double> NormOracle(const std::vector<__nv_bfloat16>& x, const std::vector<__nv_bfloat16>& weight) {
+  const size_t hidden = weight.size();
+  std::vector<double> want(x.size());
+  for (size_t row = 0; row < x.size(); row += hidden) {
+    double squares = 0;
+    for (size_t i = 0; i < hidden; ++i) squares += double(ToFloat(x[row + i])) * ToFloat(x[row + i]);
+    for (size_t i = 0; i < hidden; ++i) want[row + i] = RoundToBf16(RoundToBf16(ToFloat(x[row + i]) / std::sqrt(squares / hidden + 1e-6)) * ToFloat(weight[i]));
+  }
+  return want;
+}
+
 TEST(RmsNorm, EqualsTheOracleAtEveryWidth) {
   for (const int hidden : {8, 256, 2048, 2056, 4096, 8192, 16384}) {
     const int tokens = 5;
@@ -39,18 +51,29 @@ TEST(RmsNorm, EqualsTheOracleAtEveryWidth) {
     DeviceBuffer<__nv_bfloat16> y(size_t(tokens) * hidden);
     y.Poison();
     CUDA_OK(RmsNorm({.x = dx.get(), .weight = dw.get(), .y = y.get(), .eps = 1e-6f, .tokens = tokens, .hidden = hidden}, nullptr));
-    std::vector<double> want(x.size());
-    for (int t = 0; t < tokens; ++t) {
-      double squares = 0;
-      for (int i = 0; i < hidden; ++i) squares += double(ToFloat(x[size_t(t) * hidden + i])) * ToFloat(x[size_t(t) * hidden + i]);
-      for (int i = 0; i < hidden; ++i) {
-        want[size_t(t) * hidden + i] = RoundToBf16(RoundToBf16(ToFloat(x[size_t(t) * hidden + i]) / std::sqrt(squares / hidden + 1e-6)) * ToFloat(weight[i]));
-      }
-    }
+    const std::vector<double> want = NormOracle(x, weight);
     const Difference d = Compare(y.Download(), want);
     EXPECT_EQ(d.nan, 0u);
     EXPECT_LT(d.relative(), 1e-3) << hidden;  // a rounding may fall the other way in a few of a thousand values
   }
+}
+
+TEST(RmsNorm, AddsToTheResidualStreamFirst) {
+  for (const int hidden : {8, 2048, 4104, 16384}) {
+    const int tokens = 5;
+    const auto x = RandomBf16(size_t(tokens) * hidden, 3.0, 1), weight = RandomBf16(hidden, 1.0, 2), add = RandomBf16(size_t(tokens) * hidden, 3.0, 3);
+    DeviceBuffer dx(x), dw(weight), da(add);
+    DeviceBuffer<__nv_bfloat16> y(size_t(tokens) * hidden);
+    y.Poison();
+    CUDA_OK(RmsNorm({.x = dx.get(), .weight = dw.get(), .y = y.get(), .add = da.get(), .sum = dx.get(), .tokens = tokens, .hidden = hidden}, nullptr));
+    const auto sum = dx.Download();
+    for (size_t i = 0; i < sum.size(); ++i) ASSERT_EQ(ToFloat(sum[i]), RoundToBf16(double(ToFloat(x[i])) + ToFloat(add[i]))) << hidden << " " << i;
+    const Difference d = Compare(y.Download(), NormOracle(sum, weight));
+    EXPECT_EQ(d.nan, 0u);
+    EXPECT_LT(d.relative(), 1e-3) << hidden;
+  }
+  DeviceBuffer<__nv_bfloat16> x(8);
+  EXPECT_EQ(cudaErrorInvalidValue, RmsNorm({.x = x.get(), .weight = x.get(), .y = x.get(), .add = x.get(), .tokens = 1, .hidden = 8}, nullptr)) << "add without sum";
 }
 
 TEST(RotaryTable, TakesEachFrequencyFromItsAxis) {
@@ -180,6 +203,28 @@ TEST(MoePrefill, PermutesByExpertAndComesBack) {
       sum += per_expert[e];
     }
     EXPECT_EQ(std::set<int>(at.begin(), at.end()).size(), size_t(assignments));
+  }
+}
+
+TEST(MoePrefill, LeavesTheNextLayersNormToo) {
+  for (const int hidden : {64, 2048, 2056, 4096, 16384}) {
+    const MoeShapeArgs shape{.tokens = 9, .hidden = hidden, .inter = 32, .experts = 32, .top_k = 4};
+    const int assignments = shape.tokens * shape.top_k;
+    const auto logits = RandomBf16(size_t(shape.tokens) * shape.experts, 1.0, 1), weight = RandomBf16(hidden, 1.0, 4);
+    DeviceBuffer dl(logits), dr(RandomBf16(size_t(shape.tokens) * hidden, 1.0, 3)), rows(RandomBf16(size_t(assignments) * hidden, 1.0, 2)), dw(weight);
+    DeviceBuffer<int32_t> expert_of(assignments), count(shape.experts), end(shape.experts), source(assignments), row_of(assignments);
+    DeviceBuffer<__nv_bfloat16> weight_of(assignments), y(size_t(shape.tokens) * hidden), alone(y.count()), normed(y.count());
+    const MoePermutation permutation{expert_of.get(), weight_of.get(), count.get(), end.get(), source.get(), row_of.get()};
+    CUDA_OK(MoePermute(shape, dl.get(), permutation, true, nullptr));
+    y.Poison();
+    normed.Poison();
+    CUDA_OK(MoePrefillCombine(shape, rows.get(), permutation, dr.get(), alone.get(), nullptr));
+    CUDA_OK(MoePrefillCombine(shape, rows.get(), permutation, dr.get(), y.get(), nullptr, {.weight = dw.get(), .y = normed.get()}));
+    const auto sum = y.Download(), want = alone.Download();
+    ASSERT_EQ(0, std::memcmp(sum.data(), want.data(), sum.size() * 2)) << hidden;
+    const Difference d = Compare(normed.Download(), NormOracle(sum, weight));
+    EXPECT_EQ(d.nan, 0u);
+    EXPECT_LT(d.relative(), 1e-3) << hidden;
   }
 }
 

@@ -22,31 +22,10 @@ __device__ __forceinline__ void Publish2(Word* at, uint32_t first, uint32_t seco
   asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(at), "l"(MakeWord(first, flag)), "l"(MakeWord(second, flag)) : "memory");
 }
 
-// The whole warp waits until every lane's words have come: lane's pair i at address(i), 16-byte aligned; null: none wanted.
+// The whole warp waits until every lane's words have come: lane's pair i at address(i), 16-byte aligned; null: none wanted. What has
+// come is not asked for again: blocks that wait should not keep the L2 cache from those that work.
 template <int kCount, typename Address>
 __device__ __forceinline__ void Await2(uint32_t flag, uint2 (&payload)[kCount], Address address) {
-  for (int tries = 0;; ++tries) {
-    Word first[kCount], second[kCount];
-    bool here = true;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      first[i] = second[i] = MakeWord(0, flag);
-      if (const Word* at = address(i); at != nullptr) {
-        asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(first[i]), "=l"(second[i]) : "l"(at) : "memory");
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      here &= static_cast<uint32_t>(first[i] >> 32) == flag && static_cast<uint32_t>(second[i] >> 32) == flag;
-      payload[i] = make_uint2(static_cast<uint32_t>(first[i]), static_cast<uint32_t>(second[i]));
-    }
-    if (__all_sync(0xffffffffu, here)) return;
-    if (tries > kAwaitTries) __trap();
-  }
-}
-// The same, but what has come is not asked for again: blocks that wait should not keep the L2 cache from those that work.
-template <int kCount, typename Address>
-__device__ __forceinline__ void AwaitRest2(uint32_t flag, uint2 (&payload)[kCount], Address address) {
   bool here[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {

@@ -67,6 +67,17 @@ __device__ __forceinline__ uint32_t PackBf16(float low, float high) {
   return *reinterpret_cast<uint32_t*>(&v);
 }
 __device__ __forceinline__ float2 UnpackBf16(uint32_t v) { return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&v)); }
+// Eight sums, each rounded once.
+__device__ __forceinline__ uint4 AddBf16(const uint4& a, const uint4& b) {
+  const uint32_t left[4] = {a.x, a.y, a.z, a.w}, right[4] = {b.x, b.y, b.z, b.w};
+  uint32_t sum[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 l = UnpackBf16(left[i]), r = UnpackBf16(right[i]);
+    sum[i] = PackBf16(l.x + r.x, l.y + r.y);
+  }
+  return make_uint4(sum[0], sum[1], sum[2], sum[3]);
+}
 __device__ __forceinline__ float RoundBf16(float v) { return __bfloat162float(__float2bfloat16_rn(v)); }
 
 }  // namespace qwen::kernels

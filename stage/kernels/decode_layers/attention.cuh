@@ -31,83 +31,46 @@ __device__ __forceinline__ AttentionShare ShareAttention(const DecodeLayersArgs&
   return share;
 }
 
-// A warp's tile, or two warps' (kPair): then both need all of the keys, and each its half of the values' dimensions.
-template <class P>
+// Two warps share a tile: both need all of its keys, and each its half of the values' dimensions.
 struct TileRole {
   int slot, half;
-  __device__ __forceinline__ TileRole() : slot(static_cast<int>(threadIdx.x >> 5) / P::kPair), half(static_cast<int>(threadIdx.x >> 5) % P::kPair) {}
-  // Whoever shares the tile.
-  __device__ __forceinline__ void Sync() const {
-    if constexpr (P::kPair == 1) {
-      __syncwarp();
-    } else {
-      asm volatile("bar.sync %0, 64;" ::"r"(3 + slot) : "memory");
-    }
-  }
+  __device__ __forceinline__ TileRole() : slot(static_cast<int>(threadIdx.x >> 5) / kPair), half(static_cast<int>(threadIdx.x >> 5) % kPair) {}
+  // Both warps of the tile.
+  __device__ __forceinline__ void Sync() const { asm volatile("bar.sync %0, 64;" ::"r"(3 + slot) : "memory"); }
 };
 
-// 16 tokens of keys or values on their way to shared memory; of a pair, a warp brings 8 rows of keys or 64 columns of values. The new
+// A warp's part of 16 tokens of keys or values on their way to shared memory: 8 rows of keys or 64 columns of values. The new
 // token is not in the cache yet.
 template <class P>
-__device__ __forceinline__ void FetchTile(const AttentionShare& share, const __nv_bfloat16* cache, int tile, [[maybe_unused]] bool values, [[maybe_unused]] int half,
-                                          __nv_bfloat16* to) {
+__device__ __forceinline__ void FetchTile(const AttentionShare& share, const __nv_bfloat16* cache, int tile, bool values, int half, __nv_bfloat16* to) {
   const int lane = threadIdx.x & 31, position = tile * kTileTokens;
   const size_t row = static_cast<size_t>(P::kKvHeads) * kHeadDim;
   const size_t base = share.Row(position) * row + static_cast<size_t>(share.kv_head) * kHeadDim;
-  if constexpr (P::kPair == 1) {
-#pragma unroll 1
-    for (int i = 0; i < kTileTokens * kHeadDim / 8 / 32; ++i) {
-      const int r = i * 2 + lane / 16, c = lane % 16;
-      CopyAsync16(to + r * kHeadStride + c * 8, cache + base + r * row + c * 8, position + r < share.context);
-    }
-  } else {
 #pragma unroll 2
-    for (int i = 0; i < kTileTokens * kHeadDim / 8 / 64; ++i) {
-      const int chunk = i * 32 + lane, r = values ? chunk / 8 : half * 8 + chunk / 16, c = values ? half * 8 + chunk % 8 : chunk % 16;
-      CopyAsync16(to + r * kHeadStride + c * 8, cache + base + r * row + c * 8, position + r < share.context);
-    }
+  for (int i = 0; i < kTileTokens * kHeadDim / 8 / 64; ++i) {
+    const int chunk = i * 32 + lane, r = values ? chunk / 8 : half * 8 + chunk / 16, c = values ? half * 8 + chunk % 8 : chunk % 16;
+    CopyAsync16(to + r * kHeadStride + c * 8, cache + base + r * row + c * 8, position + r < share.context);
   }
 }
 
-// What does not need the new token: the first tile of each warp or pair. Two groups of copies, keys and values. What comes after the
+// What does not need the new token: the first tile of each pair of warps. Two groups of copies, keys and values. What comes after the
 // first tiles goes into the L2 cache: a row of a head is two lines.
 template <class P>
 __device__ __forceinline__ void AttentionAhead(const DecodeLayerWeights& layer, Shared<P>& sm) {
   const AttentionShare& share = sm.share;
-  if constexpr (P::kPair > 1) {
-    const TileRole<P> role;
-    const int tile = share.first + role.slot;
-#pragma unroll 1
-    for (int i = 0; i < 2; ++i) {
-      if (role.slot < P::kTiles && tile < share.last) FetchTile<P>(share, i == 0 ? layer.k_cache : layer.v_cache, tile, i == 1, role.half, sm.tiles[role.slot][i]);
-      CopyAsyncCommit();
-    }
-#pragma unroll 1
-    for (int i = threadIdx.x; i < (share.last - share.first - P::kTiles) * kTileTokens * 4; i += kWarps * 32) {
-      const int position = (share.first + P::kTiles) * kTileTokens + i / 4;
-      if (position >= share.context) break;
-      const __nv_bfloat16* cache = i % 4 < 2 ? layer.k_cache : layer.v_cache;
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(cache + (share.Row(position) * P::kKvHeads + share.kv_head) * kHeadDim + i % 2 * 64));
-    }
-    return;
-  }
-  const int warp = threadIdx.x >> 5;
-  if (warp >= P::kTiles) {
-    // The other warps.
-    for (int i = (warp - P::kTiles) * 32 + static_cast<int>(threadIdx.x & 31); i < (share.last - share.first - P::kTiles) * kTileTokens * 4; i += (kWarps - P::kTiles) * 32) {
-      const int position = (share.first + P::kTiles) * kTileTokens + i / 4;
-      if (position >= share.context) break;
-      const size_t row = share.Row(position);
-      const __nv_bfloat16* cache = i % 4 < 2 ? layer.k_cache : layer.v_cache;
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(cache + (row * P::kKvHeads + share.kv_head) * kHeadDim + i % 2 * 64));
-    }
-    return;
-  }
-  const bool mine = share.first + warp < share.last;
+  const TileRole role;
+  const int tile = share.first + role.slot;
 #pragma unroll 1
   for (int i = 0; i < 2; ++i) {
-    if (mine) FetchTile<P>(share, i == 0 ? layer.k_cache : layer.v_cache, share.first + warp, i == 1, 0, sm.tiles[warp][i]);
+    if (role.slot < P::kTiles && tile < share.last) FetchTile<P>(share, i == 0 ? layer.k_cache : layer.v_cache, tile, i == 1, role.half, sm.tiles[role.slot][i]);
     CopyAsyncCommit();
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x; i < (share.last - share.first - P::kTiles) * kTileTokens * 4; i += kWarps * 32) {
+    const int position = (share.first + P::kTiles) * kTileTokens + i / 4;
+    if (position >= share.context) break;
+    const __nv_bfloat16* cache = i % 4 < 2 ? layer.k_cache : layer.v_cache;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(cache + (share.Row(position) * P::kKvHeads + share.kv_head) * kHeadDim + i % 2 * 64));
   }
 }
 
@@ -145,15 +108,15 @@ __device__ void Attention(const DecodeLayersArgs& args, const DecodeLayerWeights
   }
   ConsumerSync();
   const int used = min(P::kTiles, share.last - share.first);  // slots with tiles
-  const TileRole<P> role;
-  if (share.owner && warp == kWarps - 1) {  // a warp without tiles (of a pair: for one token)
+  const TileRole role;
+  if (share.owner && warp == kWarps - 1) {  // a warp without tiles, for one token
     const size_t row = share.Row(share.context);
     const size_t at = (row * P::kKvHeads + share.kv_head) * kHeadDim;
     CopyNewToken<P>(layer.k_cache + at, sm.new_k);
     CopyNewToken<P>(layer.v_cache + at, sm.new_v);
   }
   if (active && role.slot < P::kTiles) {
-    constexpr int kDims = kHeadDim / P::kPair;  // of the values
+    constexpr int kDims = kHeadDim / kPair;  // of the values
     constexpr float kScaleLog2 = 0.08838834764831845f * 1.4426950408889634f;  // 128^-0.5 * log2(e)
     float out[kDims / 8][4] = {};
     float row_max[2] = {-FLT_MAX, -FLT_MAX}, row_sum[2] = {0.0f, 0.0f};
@@ -163,19 +126,11 @@ __device__ void Attention(const DecodeLayersArgs& args, const DecodeLayerWeights
       const int first = tile * kTileTokens;
       const bool newest = share.context >= first && share.context < first + kTileTokens;
       CopyAsyncWait<1>();  // the keys
-      if constexpr (P::kPair == 1) {
+      if (newest && role.half == (share.context - first) / 8) {  // this warp fetched that row, as zeros
         __syncwarp();
-        if (newest) {
-          CopyNewToken<P>(k_tile + (share.context - first) * kHeadStride, sm.new_k);
-          __syncwarp();
-        }
-      } else {
-        if (newest && role.half == (share.context - first) / 8) {  // this warp fetched that row, as zeros
-          __syncwarp();
-          CopyNewToken<P>(k_tile + (share.context - first) * kHeadStride, sm.new_k);
-        }
-        role.Sync();
+        CopyNewToken<P>(k_tile + (share.context - first) * kHeadStride, sm.new_k);
       }
+      role.Sync();
       float score[2][4] = {};
 #pragma unroll
       for (int i = 0; i < kHeadDim / 16; ++i) {
@@ -185,9 +140,8 @@ __device__ void Attention(const DecodeLayersArgs& args, const DecodeLayerWeights
         Mma16816(score[0], q[0], q[1], q[2], q[3], b[0], b[1]);
         Mma16816(score[1], q[0], q[1], q[2], q[3], b[2], b[3]);
       }
-      if constexpr (P::kPair == 1) __syncwarp();
       if (tile + P::kTiles < share.last) {
-        if constexpr (P::kPair > 1) role.Sync();  // both are done with these keys
+        role.Sync();  // both are done with these keys
         FetchTile<P>(share, layer.k_cache, tile + P::kTiles, false, role.half, k_tile);
       }
       CopyAsyncCommit();
@@ -229,13 +183,13 @@ __device__ void Attention(const DecodeLayersArgs& args, const DecodeLayerWeights
       CopyAsyncWait<1>();  // the values
       __syncwarp();
       if (newest) {
-        if (P::kPair == 1 || lane / 16 == role.half) CopyNewToken<P>(v_tile + (share.context - first) * kHeadStride, sm.new_v);
+        if (lane / 16 == role.half) CopyNewToken<P>(v_tile + (share.context - first) * kHeadStride, sm.new_v);
         __syncwarp();
       }
 #pragma unroll
       for (int d = 0; d < kDims / 16; ++d) {
         uint32_t b[4];  // dims 0-7: tokens low/high; dims 8-15: tokens low/high
-        LoadMatrix4Transposed(b, SharedAddress(v_tile + (lane % 16) * kHeadStride + (P::kPair == 1 ? 0 : role.half * kDims) + d * 16 + (lane / 16) * 8));
+        LoadMatrix4Transposed(b, SharedAddress(v_tile + (lane % 16) * kHeadStride + role.half * kDims + d * 16 + (lane / 16) * 8));
         Mma16816(out[2 * d], p[0], p[1], p[2], p[3], b[0], b[1]);
         Mma16816(out[2 * d + 1], p[0], p[1], p[2], p[3], b[2], b[3]);
       }
@@ -250,16 +204,16 @@ __device__ void Attention(const DecodeLayersArgs& args, const DecodeLayerWeights
       row_sum[r] += __shfl_xor_sync(0xffffffffu, row_sum[r], 2);
     }
     // `heads` lies over all tiles.
-    asm volatile("bar.sync 2, %0;" ::"n"(P::kTiles * P::kPair * 32) : "memory");
+    asm volatile("bar.sync 2, %0;" ::"n"(P::kTiles * kPair * 32) : "memory");
     if (role.slot < used) {
 #pragma unroll
       for (int d = 0; d < kDims / 8; ++d) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          if (g + 8 * r < P::kGroup) *reinterpret_cast<float2*>(&sm.heads[role.slot][g + 8 * r][(P::kPair == 1 ? 0 : role.half * kDims) + d * 8 + 2 * t]) = make_float2(out[d][2 * r], out[d][2 * r + 1]);
+          if (g + 8 * r < P::kGroup) *reinterpret_cast<float2*>(&sm.heads[role.slot][g + 8 * r][role.half * kDims + d * 8 + 2 * t]) = make_float2(out[d][2 * r], out[d][2 * r + 1]);
         }
       }
-      if (t == 0 && (P::kPair == 1 || role.half == 0)) {
+      if (t == 0 && role.half == 0) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           sm.tile_max[role.slot][g + 8 * r] = row_max[r];
@@ -302,7 +256,7 @@ __device__ __forceinline__ void MergeSplits(const DecodeLayersArgs& args, int sp
 #pragma unroll
   for (int i = 0; i < kTimes; ++i) pair[i] = (i * kGrid * kWarps + warp) * (32 >> splits_shift) + (lane >> splits_shift);
   const auto wanted = [&](int i) { return pair[i] / (P::kWidth / 2) < args.tokens; };
-  Await<P>(flag, got, [&](int i) -> const Word* {
+  Await2(flag, got, [&](int i) -> const Word* {
     if (!wanted(i / 2)) return nullptr;
     return i % 2 == 0 ? &ws.part[((pair[i / 2] << splits_shift) + split) * 2] : ws.scale[(pair[i / 2] / (kHeadDim / 2) << splits_shift) + split];
   });

@@ -27,7 +27,7 @@ __device__ __forceinline__ void Route(const DecodeLayersArgs& args, Shared<P>& s
   if (P::kTokens > 1 && threadIdx.x < kExpertsMax) r.mask_of[threadIdx.x] = 0;
   if (warp < args.tokens) {
     uint2 got[2];
-    Await<P>(flag, got, [&](int i) -> const Word* {
+    Await2(flag, got, [&](int i) -> const Word* {
       const int first = i * 64 + lane * 2;
       return first < experts ? &ws.logits[blockIdx.x % kCopies][warp][first] : nullptr;
     });
@@ -223,7 +223,7 @@ __device__ __forceinline__ void Down(const DecodeLayersArgs& args, Shared<P>& sm
       for (int first = 0; first < combined; first += 2 * kLoads) {
         uint2 got[kLoads];
         const auto index = [&](int i) { return first + 2 * i + lane / 16; };
-        Await<P>(flag, got, [&](int i) -> const Word* {
+        Await2(flag, got, [&](int i) -> const Word* {
           if (index(i) >= combined) return nullptr;
           return &ws.active[blockIdx.x % kCopies][Assignment<P>(r, begin + index(i) / P::kDownPieces)][index(i) % P::kDownPieces * (kDownPiece / 2) + warp * (kWarpPiece / 2) + lane % 16 * 2];
         });

@@ -27,19 +27,20 @@ constexpr int kCopies = 4;
 constexpr int kTogether = 2;        // pairs of pieces that are multiplied at once
 constexpr int kUnitBatch = 12;      // units of gate-up whose sums wait in shared memory
 constexpr int kTokensMax = 4;
+constexpr int kPair = 2;            // warps that share a tile of keys and values
 
-template <int kHidden_, int kHeads_, int kKvHeads_, int kInter_, int kTokens_, typename Value_ = __nv_bfloat16, bool kNext_ = false>
+template <int kHidden_, int kHeads_, int kKvHeads_, int kInter_, int kTokens_, typename Value_ = __nv_bfloat16>
 struct Plan {
   using Value = Value_;  // of the four matrices that are most of the bytes
-  static constexpr bool kFp8 = sizeof(Value) == 1, kNext = kNext_;
+  static constexpr bool kFp8 = sizeof(Value) == 1;
   using Layer = std::conditional_t<kFp8, DecodeLayerFp8, DecodeLayerWeights>;
   static constexpr int kPieceStride = kPiece * sizeof(Value) + kRowPad, kDownStride = kDownPiece * sizeof(Value) + kRowPad;  // bytes; 64 mod 128
   static constexpr int kSlotBytes = kPieceRows * kPieceStride;
   static constexpr int kLaneColumns = 16 / sizeof(Value);  // neighbours that a lane multiplies
-  static constexpr int kPair = kNext ? 2 : 1;              // warps that share a tile of keys and values
-  // Warps that load, piece by piece in turn: one needs 450 ns for the copies of a piece, which is a piece of bf16 at the memory's full
-  // speed, and two of FP8.
-  static constexpr int kLoaders = kNext && kFp8 ? 4 : 2;
+  // Warps that load, piece by piece in turn: one needs 450 ns to ask for a piece, in which memory brings one piece of bf16 or two of FP8.
+  // More of them ask for it in a shorter time when experts are known, but then words that are polled wait longer behind the weights:
+  // for one token of the small shape in bf16 (few pieces a phase) that costs more.
+  static constexpr int kLoaders = kFp8 ? 4 : kHidden_ == 2048 && kTokens_ == 1 ? 1 : 2;
   static constexpr int kThreads = (kWarps + kLoaders) * 32;
   static constexpr int kHidden = kHidden_, kHeads = kHeads_, kKvHeads = kKvHeads_, kInter = kInter_, kTokens = kTokens_;
   static constexpr int kGroup = kHeads / kKvHeads, kWidth = kHeads * kHeadDim, kQkv = (kHeads + 2 * kKvHeads) * kHeadDim;
@@ -146,16 +147,6 @@ struct RingAt {
     }
   }
 };
-
-// Pairs of words, by the way of this plan.
-template <class P, int kCount, typename Address>
-__device__ __forceinline__ void Await(uint32_t flag, uint2 (&payload)[kCount], Address address) {
-  if constexpr (P::kNext) {
-    AwaitRest2(flag, payload, address);
-  } else {
-    Await2(flag, payload, address);
-  }
-}
 
 template <class P>
 __device__ __forceinline__ const typename P::Layer* Layers(const DecodeLayersArgs& args) {

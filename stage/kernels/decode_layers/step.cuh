@@ -8,8 +8,8 @@
 namespace qwen::kernels::decode {
 
 // By weights' type, a file each (compile time). REQUIRES: what DecodeLayers has checked.
-cudaError_t LaunchBf16(const DecodeLayersArgs& args, bool next, cudaStream_t stream);
-cudaError_t LaunchFp8(const DecodeLayersArgs& args, bool next, cudaStream_t stream);
+cudaError_t LaunchBf16(const DecodeLayersArgs& args, cudaStream_t stream);
+cudaError_t LaunchFp8(const DecodeLayersArgs& args, cudaStream_t stream);
 
 namespace {
 
@@ -43,7 +43,7 @@ __device__ __forceinline__ void Normalise(const DecodeLayersArgs& args, Shared<P
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) weights[i] = __ldg(reinterpret_cast<const uint2*>(weight + at(i)));
   uint2 got[P::kTokens * kLoads];
-  Await<P>(flag, got, [&](int i) -> const Word* { return i / kLoads < args.tokens ? &rows[i / kLoads][at(i % kLoads) / 2] : nullptr; });
+  Await2(flag, got, [&](int i) -> const Word* { return i / kLoads < args.tokens ? &rows[i / kLoads][at(i % kLoads) / 2] : nullptr; });
 #pragma unroll
   for (int token = 0; token < P::kTokens; ++token) {
     float squares = 0.0f;
@@ -190,7 +190,7 @@ __device__ void Compute(const DecodeLayersArgs& args, Shared<P>& sm) {
     }
 
     Attention<P>(args, layer, sm, ws, flag);
-    MergeSplits<P>(args, P::kNext && P::kTokens == 1 ? 5 : sm.share.splits_shift, ws, flag);
+    MergeSplits<P>(args, P::kTokens == 1 ? 5 : sm.share.splits_shift, ws, flag);
 
     // o, and the residual
     {
@@ -198,7 +198,7 @@ __device__ void Compute(const DecodeLayersArgs& args, Shared<P>& sm) {
       for (int first = 0; first < args.tokens; first += kRowsAtOnce) {
         uint2 got[kLoads * kRowsAtOnce];
         const auto value = [&](int i) { return (i % kLoads * 32 + lane) / 16 * kPiece + warp * kWarpPiece + lane % 16 * 4; };
-        Await<P>(flag, got, [&](int i) -> const Word* { return first + i / kLoads < args.tokens ? &ws.attended[block % kCopies][first + i / kLoads][value(i) / 2] : nullptr; });
+        Await2(flag, got, [&](int i) -> const Word* { return first + i / kLoads < args.tokens ? &ws.attended[block % kCopies][first + i / kLoads][value(i) / 2] : nullptr; });
 #pragma unroll
         for (int i = 0; i < kLoads * kRowsAtOnce; ++i) {
           if (first + i / kLoads < P::kTokens) *reinterpret_cast<uint2*>(sm.o.x + (warp * P::kTokens + first + i / kLoads) * P::kWidthStride + (i % kLoads * 32 + lane) * 4) = got[i];
@@ -308,15 +308,15 @@ cudaError_t LaunchPlan(const DecodeLayersArgs& args, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, DecodeLayersKernel<P>, args);
 }
 
-template <int kTokens, typename Value = __nv_bfloat16, bool kNext = false>
-using Small = Plan<2048, 32, 4, 768, kTokens, Value, kNext>;  // 30B-A3B
-template <int kTokens, typename Value = __nv_bfloat16, bool kNext = false>
-using Large = Plan<4096, 64, 4, 1536, kTokens, Value, kNext>;  // 235B-A22B
+template <int kTokens, typename Value = __nv_bfloat16>
+using Small = Plan<2048, 32, 4, 768, kTokens, Value>;  // 30B-A3B
+template <int kTokens, typename Value = __nv_bfloat16>
+using Large = Plan<4096, 64, 4, 1536, kTokens, Value>;  // 235B-A22B
 
-template <typename Value, bool kNext>
+template <typename Value>
 cudaError_t LaunchShape(const DecodeLayersArgs& args, cudaStream_t stream) {
-  if (args.shape.hidden == Large<1>::kHidden) return LaunchPlan<Large<1, Value, kNext>>(args, stream);
-  return args.tokens == 1 ? LaunchPlan<Small<1, Value, kNext>>(args, stream) : LaunchPlan<Small<4, Value, kNext>>(args, stream);
+  if (args.shape.hidden == Large<1>::kHidden) return LaunchPlan<Large<1, Value>>(args, stream);
+  return args.tokens == 1 ? LaunchPlan<Small<1, Value>>(args, stream) : LaunchPlan<Small<4, Value>>(args, stream);
 }
 
 }  // namespace
