@@ -13,6 +13,7 @@ namespace cg = cooperative_groups;
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
 constexpr int kBins = kThreads;  // of a histogram: one a thread
 constexpr int kClusterMax = 8;
+constexpr int kFew = 256;  // candidates that one block finishes alone
 constexpr uint32_t kAll = 0xffffffffu;
 
 struct Shared {
@@ -23,6 +24,10 @@ struct Shared {
   uint64_t inbox[2][kClusterMax];  // from each block of the cluster
   uint64_t found_before;
   uint32_t found_bin;
+  // Of the block of rank 0: the candidates when they are few, by ascending id.
+  float few_value[kFew];
+  int few_id[kFew];
+  uint64_t few_weight[kFew];
 };
 // The block's part of the row lies behind it, float32. Thread t owns the values [t * run, (t + 1) * run): an odd number, so that the 32 lanes
 // of a warp meet different banks, and in the order of ids, so that a scan over threads is a scan over ids.
@@ -177,35 +182,41 @@ struct Row {
     return sm.found_bin;
   }
 
-  // The value at which the count (kMass: the mass) of values from the greatest down, those below `floor` left out, reaches what is wanted.
-  struct Selected {
-    bool cut = false;    // else everything stays
-    float value = 0;     // the last one to stay
-    uint64_t before = 0; // count or mass of the greater ones
-    uint64_t wanted = 0;
+  // Where the count (kMass: the mass) of values from the greatest down, those below `floor` left out, reaches what is wanted.
+  struct Selection {
+    bool cut = false;  // else everything stays
+    int bin = 0;       // the coarse bin where it happens
+    uint64_t before = 0, wanted = 0;  // count or mass in front of it
+    float value = 0;                  // after Refine: the last value to stay; `before`: of the greater ones
   };
+  // Coarse bins are linear in the value, so that the values spread, and lie only where weights are. Rounded differences are monotone, which is
+  // all that bins need. Negative: no bin.
+  __device__ __forceinline__ static int CoarseBin(float v, float floor, float maximum) {
+    constexpr float kScale = kBins / -kWeightlessBelow;
+    const float below = __fsub_rn(maximum, v);
+    return v >= floor && below <= -kWeightlessBelow ? min(static_cast<int>(__fmul_rn(below, kScale)), kBins - 1) : -1;
+  }
   // `amount`: a count, or with kMass a fraction as WantedMass takes it.
   template <bool kMass>
-  __device__ Selected Select(uint64_t amount, float floor, float maximum) {
-    // Linear in the value, so that the values spread; only where weights are. Rounded differences are monotone, which is all that bins need.
-    constexpr float kScale = kBins / -kWeightlessBelow;
-    const auto linear = [&](float v) {
-      const float below = __fsub_rn(maximum, v);
-      return v >= floor && below <= -kWeightlessBelow ? min(static_cast<int>(__fmul_rn(below, kScale)), kBins - 1) : -1;
-    };
-    const Summed coarse = Histogram<kMass>(maximum, linear);
-    Selected result;
-    result.wanted = kMass ? WantedMass(amount, coarse.total) : amount;
-    if (result.wanted > coarse.total) {
+  __device__ Selection Select(uint64_t amount, float floor, float maximum) {
+    const Summed coarse = Histogram<kMass>(maximum, [&](float v) { return CoarseBin(v, floor, maximum); });
+    Selection selection;
+    selection.wanted = kMass ? WantedMass(amount, coarse.total) : amount;
+    if (selection.wanted > coarse.total) {
       __syncthreads();  // as BlockScan wants
-      return result;
+      return selection;
     }
-    const int bin = static_cast<int>(Find(coarse, result.wanted, result.before));
-    // Inside that bin: what its keys span, a thousandth of the span at a time, until one key is left.
+    selection.cut = true;
+    selection.bin = static_cast<int>(Find(coarse, selection.wanted, selection.before));
+    return selection;
+  }
+  // Inside the coarse bin: what its keys span, a thousandth of the span at a time, until one key is left.
+  template <bool kMass>
+  __device__ void Refine(Selection& selection, float floor, float maximum) {
     uint64_t span = 0;  // (greatest key, complement of the least)
     for (int i = first; i < last; ++i) {
       const float v = values[i];
-      if (linear(v) != bin) continue;
+      if (CoarseBin(v, floor, maximum) != selection.bin) continue;
       const uint32_t key = OrderedKey(v);
       span = MaxOfHalves::Of(span, static_cast<uint64_t>(key) << 32 | static_cast<uint32_t>(~key));
     }
@@ -218,13 +229,32 @@ struct Row {
         return key >= low && key <= high ? static_cast<int>((high - key) >> shift) : -1;
       };
       const Summed fine = Histogram<kMass>(maximum, digit);
-      high -= Find(fine, result.wanted, result.before) << shift;
+      high -= Find(fine, selection.wanted, selection.before) << shift;
       const uint32_t width = (1u << shift) - 1;
       low = high - low > width ? high - width : low;
     }
-    result.cut = true;
-    result.value = FromOrderedKey(high);
-    return result;
+    selection.value = FromOrderedKey(high);
+  }
+
+  // Brings the values down to coarse bin `bin` together in the block of rank 0, by ascending id, when they are few; how many they are, or 0
+  // when they are not few.
+  __device__ int Gather(int bin, float maximum) {
+    const auto wanted = [&](float v) { return static_cast<unsigned>(CoarseBin(v, v, maximum)) <= static_cast<unsigned>(bin); };
+    uint64_t mine = 0, total;
+    for (int i = first; i < last; ++i) mine += wanted(values[i]) ? 1 : 0;
+    const uint64_t before = ExclusiveScan(mine, total);
+    if (total > kFew) return 0;
+    if (mine > 0) {
+      float* to_value = cluster.map_shared_rank(&sm.few_value[0], 0) + before;
+      int* to_id = cluster.map_shared_rank(&sm.few_id[0], 0) + before;
+      for (int i = first; i < last; ++i) {
+        if (!wanted(values[i])) continue;
+        *to_value++ = values[i];
+        *to_id++ = begin + i;
+      }
+    }
+    cluster.sync();
+    return static_cast<int>(total);
   }
 
   // The id of the n-th value, by ascending id, that equals `value`; the greatest int when there are no more than n.
@@ -321,30 +351,76 @@ __device__ void Load(const Row& row, const SamplerArgs& args, const SamplerRow& 
   }
 }
 
-// Steps 5 to 10: the token, known to every thread. Scales `values`.
+// Steps 7 to 10 on `count` gathered candidates, by one block: each candidate's thread looks at all others. top_k > 0: top-k is still to be
+// done and the mass that top-p wants is counted from what it leaves; else `wanted` is that mass (the greatest integer: no top-p).
+__device__ int ChooseOfFew(Row& row, const SamplerRow& p, int count, uint64_t wanted, float maximum) {
+  Shared& sm = row.sm;
+  const int mine = static_cast<int>(threadIdx.x);
+  const bool there = mine < count;
+  const float value = there ? sm.few_value[mine] : 0.0f;
+  uint64_t weight = there ? SamplingWeight(value, maximum) : 0, total;
+  if (p.top_k > 0) {
+    int greater = 0;
+    for (int j = 0; there && j < count; ++j) greater += sm.few_value[j] > value ? 1 : 0;
+    if (greater >= p.top_k) weight = 0;
+  }
+  if (there) sm.few_weight[mine] = weight;
+  row.BlockScan(weight, total);
+  __syncthreads();
+  if (p.top_k > 0) wanted = p.top_p < kNoTopP ? WantedMass(p.top_p, total) : ~uint64_t{0};
+  uint64_t before = 0;
+  for (int j = 0; there && j < count && wanted != ~uint64_t{0}; ++j) {
+    const float other = sm.few_value[j];
+    if (other > value || (other == value && j < mine)) before += sm.few_weight[j];
+  }
+  if (before >= wanted || weight < p.min_p) weight = 0;
+  const uint64_t through = row.BlockScan(weight, total), target = DrawnUnit(p.draw, total);
+  if (through - weight <= target && target < through) sm.found_bin = static_cast<uint32_t>(sm.few_id[mine]);
+  __syncthreads();
+  return static_cast<int>(sm.found_bin);
+}
+
+// Steps 5 to 10: the token, known to the block of rank 0. Scales `values`.
 __device__ int Choose(Row& row, const SamplerRow& p, int32_t& status) {
-  uint64_t best = 0;
-  const bool greedy = p.temperature == 0.0f;
+  const float minus_infinity = __uint_as_float(0xff800000u);
+  float greatest = minus_infinity;
+  int at = -1;
+  bool nan = false;
   for (int i = row.first; i < row.last; ++i) {
     const float v = row.values[i];
-    best = Max::Of(best, RankedKey(v, row.begin + i));
-    if (!greedy) row.values[i] = __fdiv_rn(v, p.temperature);
+    nan |= v != v;
+    if (v > greatest) greatest = v, at = i;  // strictly: the lowest id
   }
-  best = row.Reduce<Max>(best);
-  const float greatest = LogitOf(best);
-  status = best == kNanKey ? kSamplerNan : greatest == __uint_as_float(0xff800000u) ? kSamplerNothingAllowed : kSamplerDone;
+  const uint64_t best = row.Reduce<Max>(nan ? kNanKey : at >= 0 ? RankedKey(greatest, row.begin + at) : 0);
+  status = best == kNanKey ? kSamplerNan : best == 0 ? kSamplerNothingAllowed : kSamplerDone;
   if (status != kSamplerDone) return 0;
-  const float maximum = greedy ? greatest : __fdiv_rn(greatest, p.temperature);
-  if (greedy || isinf(greatest) || isinf(maximum)) return TokenOf(best);  // near 0 a temperature overflows: greedy is what is left
+  greatest = LogitOf(best);
+  const float temperature = p.temperature;
+  const float maximum = temperature == 0.0f ? greatest : __fdiv_rn(greatest, temperature);
+  if (temperature == 0.0f || isinf(greatest) || isinf(maximum)) return TokenOf(best);  // near 0 a temperature overflows: greedy is what is left
+  // Divided is what may weigh something. Beyond 29.5 T, and what rounding may add to a quotient, nothing does.
+  const float least = __fsub_rn(__fsub_rn(greatest, __fmul_rn(29.5f, temperature)), __fmul_rn(fabsf(greatest), 0x1p-21f));
+  for (int i = row.first; i < row.last; ++i) {
+    const float v = row.values[i];
+    row.values[i] = v < least ? minus_infinity : temperature == 1.0f ? v : __fdiv_rn(v, temperature);
+  }
 
-  float floor = __uint_as_float(0xff800000u);
+  float floor = minus_infinity;
   int last_equal = 0x7fffffff;  // of the values that equal floor, ids up to here stay
   if (p.top_k > 0) {
-    const Row::Selected kept = row.Select<false>(static_cast<uint64_t>(p.top_k), floor, maximum);
-    if (kept.cut) floor = kept.value;
+    Row::Selection kept = row.Select<false>(static_cast<uint64_t>(p.top_k), floor, maximum);
+    if (kept.cut) {
+      if (const int few = row.Gather(kept.bin, maximum); few > 0) return row.rank == 0 ? ChooseOfFew(row, p, few, 0, maximum) : 0;
+      row.Refine<false>(kept, floor, maximum);
+      floor = kept.value;
+    }
   }
   if (p.top_p < kNoTopP) {
-    const Row::Selected kept = row.Select<true>(p.top_p, floor, maximum);
+    Row::Selection kept = row.Select<true>(p.top_p, floor, maximum);
+    if (p.top_k <= 0) {
+      if (const int few = row.Gather(kept.bin, maximum); few > 0) return row.rank == 0 ? ChooseOfFew(row, p, few, kept.wanted, maximum) : 0;
+    }
+    row.Refine<true>(kept, floor, maximum);
     const uint64_t weight = SamplingWeight(kept.value, maximum);  // not 0: mass was reached there
     floor = kept.value;
     last_equal = row.IdOfEqual(kept.value, (kept.wanted - kept.before + weight - 1) / weight);
@@ -455,8 +531,7 @@ bool SamplerTakes(int vocab) { return vocab >= 8 && vocab % 8 == 0 && SharedByte
 
 cudaError_t Sample(const SamplerArgs& args, cudaStream_t stream, int cluster) {
   if (args.count < 1 || args.count > 65535 || !SamplerTakes(args.vocab)) return cudaErrorInvalidValue;
-  // Few rows: as many multiprocessors as a cluster reaches. Many: each row's blocks fill theirs, so the fewest that hold it.
-  if (cluster == 0) cluster = args.count <= 16 ? 8 : 4;
+  if (cluster == 0) cluster = args.count <= 8 ? 8 : 4;
   if (cluster != 1 && cluster != 2 && cluster != 4 && cluster != 8) return cudaErrorInvalidValue;
   if (SharedBytes(args.vocab, cluster) > kSharedLimit) return cudaErrorInvalidValue;
   return Launch(SamplerKernel,
