@@ -286,6 +286,50 @@ TEST(Sampler, TheFirstAndTheLastUnitOfMassAreTheFirstAndTheLastToken) {
   ExpectTokens(edges);
 }
 
+// The kernel finishes up to 256 candidates in one block: rows on both sides of that, by ties (one bin) and by close neighbours (several keys in a bin).
+TEST(Sampler, FewCandidatesAndOneMoreThanFewDrawTheOraclesTokens) {
+  std::mt19937_64 random(10);
+  for (int likely : {1, 2, 31, 255, 256, 257, 300, 1025}) {
+    for (float step : {0.0f, 1.0f / 256, 0.125f}) {
+      std::vector<Case> cases;
+      Case c;
+      c.logits.resize(6000);
+      for (int i = 0; i < 6000; ++i) c.logits[i] = __float2bfloat16_rn(i % 5 == 2 && i / 5 < likely ? 1.5f + step * static_cast<float>(i % 13) : -26.0f);
+      for (int k : {0, 1, 30, 255, 256, 257}) {
+        for (float top_p : {0.3f, 0.95f, 1.0f}) {
+          c.params = {.temperature = 1, .top_p = top_p, .min_p = k == 30 ? 0.3f : 0.0f, .top_k = k, .draw = random() >> 11};
+          cases.push_back(c);
+        }
+      }
+      ExpectTokens(cases);
+      ExpectTokens(cases, 1);
+    }
+  }
+}
+
+// Below 29 temperatures under the maximum nothing weighs anything, and the kernel does not divide it: rows that lie across that line, where
+// large logits make quotients coarse.
+TEST(Sampler, LogitsAroundWhereWeightsEndDrawTheOraclesTokens) {
+  std::mt19937_64 random(11);
+  for (float centre : {0.0f, 3.0f, -250.0f, 3000.0f, 1e6f}) {
+    for (float temperature : {1e-4f, 0.013f, 0.31f, 1.0f, 7.3f, 1000.0f}) {
+      const float width = 29.5f * temperature;
+      Case c;
+      c.logits.resize(3000);
+      for (int i = 0; i < 3000; ++i) c.logits[i] = __float2bfloat16_rn(centre - width * (0.9f + 0.2f * static_cast<float>(random() % 1024) / 1024));
+      c.logits[1234] = __float2bfloat16_rn(centre);
+      std::vector<Case> cases;
+      for (uint64_t draw : {uint64_t{0}, kDrawMax / 3, kDrawMax - 1, kDrawMax}) {
+        c.params = {.temperature = temperature, .draw = draw};
+        cases.push_back(c);
+        c.params.top_p = 0.9999999f;
+        cases.push_back(c);
+      }
+      ExpectTokens(cases);
+    }
+  }
+}
+
 TEST(Sampler, ManyDrawsOfOneRowFollowItsWeights) {
   std::mt19937_64 random(4);
   Case c;
