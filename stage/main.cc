@@ -64,13 +64,12 @@ void AddFlags(CLI::App& app, Flags& f) {
       ->check(CLI::IsMember({"auto", "host"}));
   app.add_option("--edges", f.compute.edges, "how hidden states travel: auto (NCCL on a GPU, else TCP), nccl (every stage has its own GPU) or tcp")
       ->check(CLI::IsMember({"auto", "nccl", "tcp"}));
-  app.add_option("--fp8", f.compute.fp8, "of a block-FP8 checkpoint: expand (multiplied out to the dtype when loaded) or keep (FP8 in the GPU's memory: half the bytes; kernels that "
-                                         "have not run on a GPU yet)")
-      ->check(CLI::IsMember({"expand", "keep"}))
+  app.add_option("--fp8", f.compute.fp8, "of a block-FP8 checkpoint: keep (FP8 in the GPU's memory, half the bytes), expand (multiplied out to the dtype when loaded); auto: keep where kernels take it")
+      ->check(CLI::IsMember({"auto", "expand", "keep"}))
       ->envname("QWEN_FP8");
-  app.add_option("--load", f.compute.load, "how weights are read: overlapped (requests of 8 MiB through a ring of buffers), plain (tensor by tensor); auto: the former on a CPU")
+  app.add_option("--load", f.compute.load, "how weights are read: overlapped (requests of 8 MiB through a ring of buffers), plain (tensor by tensor)")
       ->envname("QWEN_LOAD")
-      ->check(CLI::IsMember({"auto", "plain", "overlapped"}));
+      ->check(CLI::IsMember({"overlapped", "plain"}));
   app.add_option("--random-weights", f.compute.random_seed, "seed: noise instead of the checkpoint's weights, for measuring; config and tokenizer are still read");
   app.add_option("--block-tokens", f.compute.block_tokens, "tokens of a KV block; the same on all stages")->check(CLI::Range(1, 256));
   app.add_option("--kv-blocks", f.compute.kv_blocks, "KV blocks; 0: what the free memory holds")->check(CLI::NonNegativeNumber);

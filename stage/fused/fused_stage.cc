@@ -59,6 +59,10 @@ std::string FusedStage::UnfitFp8(const contract::ModelShape& shape, const model:
   }
   if (fp8 == 0) return "";
   if (fp8 != all) return "mixture of FP8 and other weights";
+  return UnfitFp8(shape, options);
+}
+
+std::string FusedStage::UnfitFp8(const contract::ModelShape& shape, const model::StageModelOptions& options) {
   if (!shape.quantization || shape.quantization->block_rows != kernels::kFp8Block || shape.quantization->block_columns != kernels::kFp8Block) return "FP8 block size";
   // Products of few tokens share a row's columns among eight warps, of an expert's down projection among four, 64 at a time.
   if (shape.hidden % 512 != 0 || shape.heads * kDim % 512 != 0) return "hidden_size or num_attention_heads in FP8";
@@ -188,4 +192,11 @@ FusedStage::~FusedStage() {
 extern "C" __attribute__((visibility("default"))) const qwen::model::StageBackendFactory* qwen_fused_backend() {
   static const qwen::model::StageBackendFactory factory = qwen::fused::FusedStage::Create;
   return &factory;
+}
+extern "C" __attribute__((visibility("default"))) const qwen::model::StageFp8Check* qwen_fused_takes_fp8() {
+  static const qwen::model::StageFp8Check check = [](const qwen::contract::ModelShape& shape, const qwen::model::StageModelOptions& options) {
+    std::string unfit = qwen::fused::FusedStage::Unfit(shape, options);
+    return unfit.empty() ? qwen::fused::FusedStage::UnfitFp8(shape, options) : unfit;
+  };
+  return &check;
 }

@@ -4,7 +4,6 @@
 // What it takes: sm_90, bf16, head_dim 128, no attention bias, sizes that the kernels want (Unfit says which); dense and
 // MoE layers. Everything else is kUnimplemented and runs on the reference. Weights of layers may be block FP8 (LoadOptions::keep_fp8):
 // they stay so in memory, and their codes are put into the kernels' order where they lie, so such a map of tensors serves one stage.
-// FP8 has not run on a GPU yet.
 // Numerics: the reference's roundings; only the order of sums inside a product differs. Thread safety: one thread; the
 // constructor makes a stream of its own that thread's current stream, so the vision tower and the sampler follow it.
 // Memory: decode keeps buffers for kDecodeBatchMax tokens; a prompt's intermediates come from LibTorch's allocator; with FP8 one dense
@@ -38,7 +37,8 @@ class FusedStage final : public model::StageBackend {
                                                              const ops::RotaryFrequencies& rotary);
   // The first thing about `shape` that no kernel is made for; empty when all fits.
   static std::string Unfit(const contract::ModelShape& shape, const model::StageModelOptions& options);
-  // The same for weights in FP8; they may be none. Looks at no values.
+  // The same for weights in FP8, beyond Unfit; and for the tensors of a stage, which may be none of FP8. Looks at no values.
+  static std::string UnfitFp8(const contract::ModelShape& shape, const model::StageModelOptions& options);
   static std::string UnfitFp8(const contract::ModelShape& shape, const model::StageModelOptions& options, const weights::TensorMap& tensors);
 
   ~FusedStage() override;

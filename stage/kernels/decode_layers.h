@@ -34,7 +34,7 @@ struct DecodeLayerWeights {
   const __nv_bfloat16 *input_norm, *qkv, *q_norm, *k_norm, *o, *post_norm, *router, *gate_up, *down;
   __nv_bfloat16 *k_cache, *v_cache;
 };
-// Block FP8 (common/fp8.h): qkv, o, gate_up and down are codes, and these are their scales. Has not run on a GPU yet.
+// Block FP8 (common/fp8.h): qkv, o, gate_up and down are codes, and these are their scales.
 struct DecodeLayerFp8 : DecodeLayerWeights {
   const float *qkv_scales, *o_scales, *gate_up_scales, *down_scales;
 };

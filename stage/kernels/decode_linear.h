@@ -2,7 +2,7 @@
 //
 //   x: (tokens, k) bf16, contiguous           w: (n, k) bf16, contiguous
 //   y: (tokens, n) bf16, contiguous           1 <= tokens <= kDecodeTokensMax, k % 256 == 0, n % 16 == 0,
-//   fp8: the same weights in block FP8 (common/fp8.h) instead of w; n % 128 == 0, k % 512 == 0. Has not run on a GPU yet.
+//   fp8: the same weights in block FP8 (common/fp8.h) instead of w; n % 128 == 0, k % 512 == 0.
 //   norm_weight: (k) bf16 or null: x is first RMS-normalised in the reference's rounding (docs/numerics.md): x*rsqrt in
 //       fp32, to bf16, times weight in bf16. Every block normalises for itself, which pays for one or two tokens; for more
 //       run RmsNorm first. REQUIRES: tokens * (k + 32) * 2 bytes <= 227 KiB, else cudaErrorInvalidConfiguration.

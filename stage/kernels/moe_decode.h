@@ -9,7 +9,7 @@
 // Layout of weights (one of the two that checkpoints have; the loader transposes the other):
 //   gate_up: (experts, 2*inter, hidden) bf16, gate rows first        down: (experts, hidden, inter) bf16
 // or both in block FP8 (common/fp8.h): half the bytes, the same results as with the multiplied out weights but for the order of
-// sums. The FP8 kernels have not run on a GPU yet.
+// sums.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -35,7 +35,7 @@ struct MoeRouting {
 };
 
 // logits: (tokens, experts) bf16. REQUIRES: experts <= kMaxExperts, a multiple of 32; tokens * top_k <= 4096.
-// One kernel up to 32 tokens, two beyond.
+// One kernel up to 8 tokens, two beyond.
 cudaError_t MoeRoute(const MoeShapeArgs& shape, const __nv_bfloat16* logits, const MoeRouting& routing, bool normalise, cudaStream_t stream);
 
 // h[a] = silu(gate(x)) * up(x) for every assignment a = token * top_k + rank.   x: (tokens, hidden) bf16, h: (assignments, inter) bf16

@@ -26,7 +26,7 @@ struct MoeGroupedWeights {
 // gate_up: (experts, 2 * inter, hidden), gate rows first; down: (experts, hidden, inter); bf16, 16-byte aligned.
 cudaError_t MakeMoeGroupedWeights(const MoeShapeArgs& shape, const __nv_bfloat16* gate_up, const __nv_bfloat16* down, MoeGroupedWeights* out);
 // Block FP8 (common/fp8.h): weights are then wgmma's operand in registers, multiplied out on the way; tiles of 64 or 128
-// tokens. Has not run on a GPU yet.
+// tokens.
 cudaError_t MakeMoeGroupedWeights(const MoeShapeArgs& shape, const Fp8Matrix& gate_up, const Fp8Matrix& down, MoeGroupedWeights* out);
 
 // active (assignments, inter), rows sorted by expert: silu(gate(x[source[row]])) * up(x[source[row]]). x: (tokens, hidden).

@@ -7,6 +7,7 @@
 #pragma once
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "stage/base/status.h"
@@ -40,5 +41,8 @@ struct StageModelOptions;
 using StageBackendFactory = std::function<Result<std::unique_ptr<StageBackend>>(
     const contract::ModelShape& shape, const StageModelOptions& options, weights::TensorMap& tensors,
     const std::vector<ops::PagedKv>& cache, const ops::RotaryFrequencies& rotary)>;
+
+// Whether the backend takes the shape's weights in block FP8: what first stands in the way, empty when nothing does. Asked before loading.
+using StageFp8Check = std::function<std::string(const contract::ModelShape& shape, const StageModelOptions& options)>;
 
 }  // namespace qwen::model

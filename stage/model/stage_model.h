@@ -48,7 +48,7 @@ struct StageModelOptions {
   RowGrouping grouping = RowGrouping::kPerSpan;
   ops::RouterTies router_ties = ops::RouterTies::kLowestExpert;
   int32_t load_threads = 4;
-  weights::LoadMethod load_method = weights::LoadMethod::kAuto;
+  weights::LoadMethod load_method = weights::LoadMethod::kOverlapped;
   bool keep_fp8 = false;                 // FP8 weights stay FP8: only with a backend that takes them (kFailedPrecondition else)
   int64_t vision_tokens_max = 131072;    // merged tokens kept at once (at H = 4096 in bf16 with 3 taps 4.3 GB)
   StageBackendFactory backend;           // empty: the reference (ATen operators)

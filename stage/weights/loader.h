@@ -20,8 +20,7 @@ using TensorMap = std::map<std::string, at::Tensor, std::less<>>;  // by slot na
 //   kPlain       tensor by tensor: read into host memory of its size, then to the device, transposed and multiplied out there
 //   kOverlapped  request by request through a ring of bounded size (reader.h), read in the order of the files while the bytes
 //                before are copied, transposed and multiplied out (stream_loader.h)
-//   kAuto        kOverlapped on a CPU; kPlain on a GPU, where the other one has not been run yet
-enum class LoadMethod { kAuto, kPlain, kOverlapped };
+enum class LoadMethod { kPlain, kOverlapped };
 
 struct LoadOptions {
   StageSpec spec;
@@ -29,7 +28,7 @@ struct LoadOptions {
   at::ScalarType dtype = at::kBFloat16;  // every tensor is converted to it; no conversion when stored so
   int32_t threads = 4;
   LoadProgress progress;  // may be empty
-  LoadMethod method = LoadMethod::kAuto;
+  LoadMethod method = LoadMethod::kOverlapped;
   // FP8 weights stay as stored, with their scales in float32 under "<slot>_scale_inv": for a backend that computes with them, which the
   // reference does not. Of RandomTensors: noise in FP8 when the shape has quantization.
   bool keep_fp8 = false;

@@ -24,10 +24,9 @@ Result<at::ScalarType> DtypeOf(const std::string& name, const contract::ModelSha
 }
 
 Result<weights::LoadMethod> LoadMethodOf(const std::string& name) {
-  if (name == "auto") return weights::LoadMethod::kAuto;
   if (name == "plain") return weights::LoadMethod::kPlain;
   if (name == "overlapped") return weights::LoadMethod::kOverlapped;
-  return InvalidArgumentError("load: " + name + " is not auto, plain or overlapped");
+  return InvalidArgumentError("load: " + name + " is not overlapped or plain");
 }
 
 // Opens LibTorch's CUDA part at start, so that a CPU stage needs no CUDA library at all.
@@ -226,6 +225,22 @@ Result<std::unique_ptr<model::StageModel>> MakeModel(weights::Checkpoint* checkp
   return model::StageModel::Create(shape, model_options, tensors);
 }
 
+// Whether weights in block FP8 stay so in the GPU's memory.
+Result<bool> KeepsFp8(const contract::ModelShape& shape, const ModelComputeOptions& options, const at::Device& device, at::ScalarType dtype) {
+  if (options.fp8 != "auto" && options.fp8 != "expand" && options.fp8 != "keep") return InvalidArgumentError("fp8: " + options.fp8 + " is not auto, expand or keep");
+  if (!shape.quantization || options.fp8 == "expand") return false;
+  const auto* check = device.is_cuda() && options.backend != "reference" ? OpenFused<model::StageFp8Check>("qwen_fused_takes_fp8") : nullptr;
+  if (check == nullptr) {
+    if (options.fp8 == "auto") return false;
+    return InvalidArgumentError("fp8: keep needs the kernels (device cuda, backend auto)");
+  }
+  const std::string unfit = (*check)(shape, {.layers = options.layers, .device = device, .dtype = dtype, .block_tokens = options.block_tokens});
+  if (unfit.empty()) return true;
+  if (options.fp8 == "keep") return InvalidArgumentError("fp8: keep: no kernels for this " + unfit);
+  log::Warning("FP8 weights are multiplied out", {{"reason", "no kernels for this " + unfit}});
+  return false;
+}
+
 }  // namespace
 
 Result<std::unique_ptr<StageCompute>> LoadModelCompute(weights::Checkpoint* checkpoint, const contract::ModelShape& shape,
@@ -236,11 +251,7 @@ Result<std::unique_ptr<StageCompute>> LoadModelCompute(weights::Checkpoint* chec
   ASSIGN_OR_RETURN(const weights::LoadMethod load_method, LoadMethodOf(options.load));
   if (options.sampler != "auto" && options.sampler != "host") return InvalidArgumentError("sampler: " + options.sampler + " is not auto or host");
   const contract::Dtype held = dtype == at::kFloat ? contract::Dtype::kFloat32 : contract::Dtype::kBFloat16;
-  if (options.fp8 != "expand" && options.fp8 != "keep") return InvalidArgumentError("fp8: " + options.fp8 + " is not expand or keep");
-  const bool keep_fp8 = options.fp8 == "keep" && shape.quantization;
-  if (keep_fp8 && (!device.is_cuda() || options.backend == "reference")) {
-    return InvalidArgumentError("fp8: keep needs the kernels (device cuda, backend auto)");
-  }
+  ASSIGN_OR_RETURN(const bool keep_fp8, KeepsFp8(shape, options, device, dtype));
   const int64_t weight_bytes = contract::WeightBytes(shape, options.layers, keep_fp8 ? contract::Dtype::kFloat8E4M3 : held).total();
   ASSIGN_OR_RETURN(const KvSizing sizing, SizeKv({.free_bytes = FreeBytes(device),
                                                   .weight_bytes = weight_bytes,

@@ -25,8 +25,8 @@ struct ModelComputeOptions {
   std::string sampler = "auto";  // on a GPU "auto": kernel `sampler` for the rows that it takes; "host": all but plain greedy ones on the CPU
   std::string edges = "auto";    // "auto": NCCL on a GPU, else TCP; "tcp"; "nccl" (two stages may not share a GPU then)
   std::optional<uint64_t> random_seed;  // noise of this seed instead of the checkpoint's weights
-  std::string fp8 = "expand";    // of a block-FP8 checkpoint: "expand" to the dtype when loading, or "keep" in the GPU's memory
-  std::string load = "auto";     // weights::LoadMethod: "auto", "plain", "overlapped"
+  std::string fp8 = "auto";      // of a block-FP8 checkpoint: "keep" in the GPU's memory, "expand" to the dtype when loading; "auto": kept where kernels take it
+  std::string load = "overlapped";  // weights::LoadMethod, or "plain"
   int32_t block_tokens = 16;
   int32_t kv_blocks = 0;         // 0: what the free memory holds (kv_sizing.h)
   int32_t max_batch_tokens = 2048;

@@ -6,7 +6,7 @@ usage: tests/gpu/serve.py --bin build/bin [--stages 1,2] [--shape Qwen3-VL-30B-A
   --load   clients:prompt tokens:output tokens; every client sends one request, all at once. Rows `.prefill`, `.decode` and `.total`,
            counted as peer/counting.py says, and time to first token and between tokens as the head's metrics have them
   --checkpoint DIR  its weights (peer/make_checkpoint.py) in place of noise; --shape then only names the rows
-  --shape  a name that ends in -FP8 is that shape as a block-FP8 checkpoint; --fp8 keep leaves such weights FP8 in the GPU's memory
+  --shape  a name that ends in -FP8 is that shape as a block-FP8 checkpoint; --fp8 expand multiplies such weights out
   --soak   then keeps 64 clients busy for so long (random lengths, a tenth of them hang up) and says whether memory stayed flat
 Prints JSON rows ({suite, case, unit, ours}); exit code 1 when an answer is wrong.
 """
@@ -138,11 +138,11 @@ def main() -> int:
     parser.add_argument("--stages", default="1")
     parser.add_argument("--device", default="Cuda")
     parser.add_argument("--shape", default="")
-    parser.add_argument("--fp8", choices=("expand", "keep"), default="expand")
+    parser.add_argument("--fp8", choices=("auto", "expand", "keep"), default="auto")
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--vocab", type=int, default=151_000, help="prompts hold token ids below it")
     parser.add_argument("--load", default="1:2048:129,8:2048:129,32:1024:129,256:512:129,256:1024:256")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of one plan")
+    parser.add_argument("--batch-tokens", type=int, default=16384, help="tokens of one plan (the peer's figures were taken with 8,192)")
     parser.add_argument("--soak", type=float, default=0)
     parser.add_argument("--skip-digits", action="store_true")
     args = parser.parse_args()

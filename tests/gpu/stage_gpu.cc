@@ -202,7 +202,8 @@ int Check(const std::string& name, const contract::ModelShape& shape) {
             ++greedy.ties;
           } else {
             ++greedy.wrong;
-            std::fprintf(stderr, "%s: %s: sequence %d parts at %d with a margin of %.3f (two roundings: %.3f)\n", name.c_str(), what, s, r.done, margin, tie);
+            std::fprintf(stderr, "%s: %s: sequence %d parts at %d with a margin of %.3f of %.1f (two roundings: %.3f); the row differs by %.4f\n", name.c_str(), what, s, r.done, margin,
+                         top[0].item<double>(), tie, Relative(got[row], want[row]));
           }
         }
         // Both go on with the reference's token as long as they agree; afterwards neither is compared.

@@ -2,8 +2,7 @@
 //
 // A matrix (rows, columns) keeps its E4M3 codes, one byte each, and one float32 scale a block of 128 x 128; weight = code * scale,
 // rounded to bf16 where it meets an activation. That is the reference's rounding (docs/numerics.md, section 1: multiplied out on
-// load), so a kernel on FP8 weights computes what the same kernel computes on the reference's bf16 weights. The host's half of this file is
-// tested; the device's conversion has not run on a GPU yet.
+// load), so a kernel on FP8 weights computes what the same kernel computes on the reference's bf16 weights.
 //
 // Order of the codes. Within 16 neighbours of a row they lie as a tensor core's operand wants them: word t holds columns
 // 2t, 2t+1, 2t+8, 2t+9, which is what thread t of a quad holds of mma.m16n8k16 and of wgmma's A. So one load of 4 bytes, or a row of

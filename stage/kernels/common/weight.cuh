@@ -1,8 +1,7 @@
 // stage/kernels/common/weight.cuh — what a product of few tokens (mma.m16n8k16, weights straight to registers) needs to know of
 // its weights' type: bf16, or block FP8 (fp8.h) multiplied out on the way.
 //
-// A lane loads 16 bytes of row g and of row g+8, a quad as many columns as that is: kStepColumns. The FP8 parts have not run on a
-// GPU yet.
+// A lane loads 16 bytes of row g and of row g+8, a quad as many columns as that is: kStepColumns.
 #pragma once
 #include "stage/kernels/common/fp8.h"
 #include "stage/kernels/common/ptx.cuh"

@@ -1,5 +1,4 @@
 // stage/kernels/common/wgmma_registers.cuh — wgmma whose A comes from registers: weights that were multiplied out on the way (fp8.h).
-// Compiled, and not run on a GPU yet.
 #pragma once
 #include <cstdint>
 
