@@ -81,9 +81,11 @@ def resident_mib(pid: int) -> float:
 
 
 def gpu_mib() -> float:
+    """What is used of the GPUs that the stages may use, by whomever."""
     if shutil.which("nvidia-smi") is None:
         return 0
-    lines = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True).stdout
+    mine = ["-i", os.environ["CUDA_VISIBLE_DEVICES"]] if os.environ.get("CUDA_VISIBLE_DEVICES") else []
+    lines = subprocess.run(["nvidia-smi", *mine, "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True).stdout
     return sum(map(float, lines.split()))
 
 
@@ -143,6 +145,7 @@ def main() -> int:
     parser.add_argument("--vocab", type=int, default=151_000, help="prompts hold token ids below it")
     parser.add_argument("--load", default="1:2048:129,8:2048:129,32:1024:129,256:512:129,256:1024:256")
     parser.add_argument("--batch-tokens", type=int, default=16384, help="tokens of one plan (the peer's figures were taken with 8,192)")
+    parser.add_argument("--kv-tokens", type=int, default=335872, help="tokens of the KV cache")
     parser.add_argument("--soak", type=float, default=0)
     parser.add_argument("--skip-digits", action="store_true")
     args = parser.parse_args()
@@ -163,7 +166,7 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory() as folder:
             served.READY_SECONDS = 400
-            engine = {"device": args.device, "maxSequences": 256, "maxBatchTokens": args.batch_tokens, "kvCacheTokens": 335872, "threads": 8}
+            engine = {"device": args.device, "maxSequences": 256, "maxBatchTokens": args.batch_tokens, "kvCacheTokens": args.kv_tokens, "threads": 8}
             source, noise = (args.checkpoint, []) if args.checkpoint else (shape_folder(args.shape, Path(folder)), ["--random-weights", "1"])
             spec = served.manifest(source, stages=stages, dtype="BFloat16", engine=engine, model={"maxModelLen": 10240})
             started = time.monotonic()
