@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs/benchmarks"
+ALSO = (r"serve Qwen3-VL-235B-A22B-FP8\.stages2\..*(decode|prefill|start_to_first_token)|serve .*\.soak\..*|serve .*(right|same_tokens_as_first_split)|load .*|"
+        r"vision vision\.[^p].*(rate)|sampler sampler\.step\..*\.B(1|256)(\.host)?|sanitizer .*|(stage|sampler) check\..*")
 COLOURS = {"ours": "#1f6feb", "peer": "#d1242f", "bound": "#8c959f"}
 
 
@@ -53,7 +55,8 @@ def plot(title: str, x_name: str, points: list[tuple[float, dict]]) -> str:
 
 
 def series(rows: list[dict], pattern: str) -> list[tuple[float, dict]]:
-    found = [(float(match.group(1)), row) for row in rows if (match := re.fullmatch(pattern, row["case"]))]
+    """Rows whose case fits, over the product of the pattern's groups."""
+    found = [(math.prod(map(float, match.groups())), row) for row in rows if (match := re.fullmatch(pattern, row["case"]))]
     return sorted(found, key=lambda item: item[0])
 
 
@@ -72,7 +75,13 @@ def files() -> dict[str, str]:
                      f"{number(row.get('bound'))} | {row['gpu']} | {row['date']} |")
     out = {}
     plots = [("gpu-decode-30b", "30B-A3B, bf16, one H200: decode, tokens/s", "sequences", series(rows, r"Qwen3-VL-30B-A3B\.decode\.B(\d+)\.context\d+")),
+             ("gpu-decode-30b-fp8", "30B-A3B, block FP8, one H200: decode, tokens/s", "sequences", series(rows, r"Qwen3-VL-30B-A3B-FP8\.decode\.B(\d+)\.context\d+")),
+             ("gpu-prefill-30b", "30B-A3B, bf16, one H200: prefill, tokens/s", "tokens of prompts of 2,048", series(rows, r"Qwen3-VL-30B-A3B\.prefill\.(\d+)x(\d+)")),
              ("gpu-decode-235b", "235B-A22B, bf16, four H200s: decode over HTTP, tokens/s", "clients", series(rows, r"Qwen3-VL-235B-A22B\.stages4\.http\.clients(\d+)\.in\d+\.out129\.decode"))]
+    lines += ["", "And some of what has no peer:", "", "| suite | case | unit | ours | GPUs | date |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        if row not in compared and re.fullmatch(ALSO, f"{row['suite']} {row['case']}"):
+            lines.append(f"| {row['suite']} | {row['case']} | {row['unit']} | {number(row['ours'])} | {row['gpu']} | {row['date']} |")
     lines.append("")
     for name, title, x_name, points in plots:
         if len(points) > 1:
