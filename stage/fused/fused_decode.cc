@@ -314,18 +314,18 @@ bool FusedStage::EnqueueLayer(const Layer& layer, int64_t tokens, int64_t table_
                          stream_));
   if (tokens <= kSkinny) {
     DecodeLinear(b.attended, layer.o, b.hidden, tokens, &b.hidden);
-    return DecodeMlp(layer, tokens, /*added=*/true, next_norm);
+  } else {
+    DecodeLinear(b.attended, layer.o, b.product, tokens, nullptr);  // the norm of DecodeMlp adds it
   }
-  DecodeLinear(b.attended, layer.o, b.product, tokens, nullptr);
-  return DecodeMlp(layer, tokens, /*added=*/false, next_norm);
+  return DecodeMlp(layer, tokens, next_norm);
 }
 
-bool FusedStage::DecodeMlp(const Layer& layer, int64_t tokens, bool added, const at::Tensor* next_norm) {
+bool FusedStage::DecodeMlp(const Layer& layer, int64_t tokens, const at::Tensor* next_norm) {
   DecodeBuffers& b = decode_;
   const int count = static_cast<int>(tokens);
   const float eps = shape_.rms_eps;
   kernels::RmsNormArgs norm{.x = Bf16(b.hidden), .weight = Bf16(layer.post_norm), .y = Bf16(b.normed), .eps = eps, .tokens = count, .hidden = shape_.hidden};
-  if (!added) {
+  if (tokens > kSkinny) {
     norm.add = Bf16(b.product);
     norm.sum = Bf16(b.hidden);
   }
@@ -354,10 +354,7 @@ bool FusedStage::DecodeMlp(const Layer& layer, int64_t tokens, bool added, const
   }
   if (tokens > kFewTokens) {
     const kernels::MoePermutation permutation{Int32(b.expert_of), Bf16(b.weight_of), Int32(b.count), Int32(b.end), Int32(b.order), Int32(b.row_of)};
-    KERNEL(MoePermute(moe, Bf16(b.router_logits), permutation, shape_.moe->norm_topk_prob, stream_));
-    KERNEL(MoeGroupedGateUp(moe, Bf16(b.normed), layer.grouped, permutation, Bf16(b.active), stream_));
-    KERNEL(MoeGroupedDown(moe, Bf16(b.active), layer.grouped, permutation, Bf16(b.partial), stream_));
-    KERNEL(MoePrefillCombine(moe, Bf16(b.partial), permutation, Bf16(b.hidden), Bf16(b.hidden), stream_, NextNorm(next_norm, b.normed)));
+    GroupedMlp(layer, moe, b.router_logits, permutation, b.normed, b.active, b.partial, b.hidden, next_norm);
     return next_norm != nullptr;
   }
   const kernels::MoeRouting routing{Int32(b.expert_of), Bf16(b.weight_of), reinterpret_cast<int4*>(b.group.data_ptr()), Int32(b.order)};

@@ -217,9 +217,14 @@ Result<model::StageOutput> FusedStage::Prefill(const step::StepPlan& plan, model
   return output;
 }
 
-kernels::MoeNextNorm FusedStage::NextNorm(const at::Tensor* weight, const at::Tensor& to) const {
-  if (weight == nullptr) return {};
-  return {.weight = Bf16(*weight), .y = Bf16(to), .eps = shape_.rms_eps};
+void FusedStage::GroupedMlp(const Layer& layer, const kernels::MoeShapeArgs& moe, const at::Tensor& router_logits, const kernels::MoePermutation& permutation,
+                            const at::Tensor& normed, const at::Tensor& active, const at::Tensor& down, const at::Tensor& hidden, const at::Tensor* next_norm) {
+  kernels::MoeNextNorm norm;
+  if (next_norm != nullptr) norm = {.weight = Bf16(*next_norm), .y = Bf16(normed), .eps = shape_.rms_eps};
+  KERNEL(MoePermute(moe, Bf16(router_logits), permutation, shape_.moe->norm_topk_prob, stream_));
+  KERNEL(MoeGroupedGateUp(moe, Bf16(normed), layer.grouped, permutation, Bf16(active), stream_));
+  KERNEL(MoeGroupedDown(moe, Bf16(active), layer.grouped, permutation, Bf16(down), stream_));
+  KERNEL(MoePrefillCombine(moe, Bf16(down), permutation, Bf16(hidden), Bf16(hidden), stream_, norm));
 }
 
 at::Tensor FusedStage::PrefillMlp(const Layer& layer, at::Tensor hidden, const at::Tensor& normed, const at::Tensor* next_norm) {
@@ -238,11 +243,8 @@ at::Tensor FusedStage::PrefillMlp(const Layer& layer, at::Tensor hidden, const a
   const at::Tensor counts = at::empty({moe.experts}, int32), ends = at::empty({moe.experts}, int32);
   const at::Tensor source = at::empty({assignments}, int32), row_of = at::empty({assignments}, int32);
   const kernels::MoePermutation permutation{Int32(expert_of), Bf16(weight_of), Int32(counts), Int32(ends), Int32(source), Int32(row_of)};
-  KERNEL(MoePermute(moe, Bf16(logits), permutation, shape_.moe->norm_topk_prob, stream_));
   const at::Tensor active = at::empty({assignments, moe.inter}, hidden.options()), down = at::empty({assignments, moe.hidden}, hidden.options());
-  KERNEL(MoeGroupedGateUp(moe, Bf16(normed), layer.grouped, permutation, Bf16(active), stream_));
-  KERNEL(MoeGroupedDown(moe, Bf16(active), layer.grouped, permutation, Bf16(down), stream_));
-  KERNEL(MoePrefillCombine(moe, Bf16(down), permutation, Bf16(hidden), Bf16(hidden), stream_, NextNorm(next_norm, normed)));
+  GroupedMlp(layer, moe, logits, permutation, normed, active, down, hidden, next_norm);
   return hidden;
 }
 

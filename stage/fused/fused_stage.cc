@@ -90,12 +90,7 @@ FusedStage::Matrix FusedStage::TakeMatrix(weights::TensorMap& tensors, const std
 }
 
 std::string FusedStage::Unfit(const contract::ModelShape& shape, const model::StageModelOptions& options) {
-  if (!options.device.is_cuda()) return "device";
-  if (options.dtype != at::kBFloat16) return "dtype";
-  int major = 0;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, options.device.has_index() ? options.device.index() : 0) != cudaSuccess || major != 9) {
-    return "GPU architecture";  // the kernels are sm_90a
-  }
+  if (std::string unfit = UnfitDevice(options.device, options.dtype); !unfit.empty()) return unfit;
   if (shape.head_dim != kDim) return "head_dim";
   if (shape.attention_bias) return "attention_bias";
   if (shape.hidden % 256 != 0 || shape.hidden > 16384) return "hidden_size";

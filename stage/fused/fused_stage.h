@@ -99,9 +99,12 @@ class FusedStage final : public model::StageBackend {
   void DecodeNorm(const at::Tensor& weight, int64_t tokens);
   // `begun`: decode_.normed holds the layer's first norm already; returns whether it now holds that of `next_norm`, the next norm's weight (or null).
   bool EnqueueLayer(const Layer& layer, int64_t tokens, int64_t table_stride, bool begun, const at::Tensor* next_norm);
-  // `added`: decode_.product is still to be added to the residual stream.
-  bool DecodeMlp(const Layer& layer, int64_t tokens, bool added, const at::Tensor* next_norm);
-  kernels::MoeNextNorm NextNorm(const at::Tensor* weight, const at::Tensor& to) const;
+  // Beyond kSkinny tokens decode_.product is still to be added to the residual stream.
+  bool DecodeMlp(const Layer& layer, int64_t tokens, const at::Tensor* next_norm);
+  // A MoE block of many tokens, added to `hidden`: routes, then the two grouped products. `active`, `down`: what lies between them, a row an
+  // assignment. With `next_norm` `normed` ends as hidden after that norm.
+  void GroupedMlp(const Layer& layer, const kernels::MoeShapeArgs& moe, const at::Tensor& router_logits, const kernels::MoePermutation& permutation,
+                  const at::Tensor& normed, const at::Tensor& active, const at::Tensor& down, const at::Tensor& hidden, const at::Tensor* next_norm);
   // Adds the block to `hidden` (in place) and returns it. `normed`: hidden after the post-attention norm; with `next_norm` (of a MoE
   // layer) it then holds hidden after that one.
   at::Tensor PrefillMlp(const Layer& layer, at::Tensor hidden, const at::Tensor& normed, const at::Tensor* next_norm);

@@ -33,12 +33,7 @@ at::Tensor Norm(const at::Tensor& x, const Affine& affine) {
 }  // namespace
 
 std::string FusedVision::Unfit(const contract::ModelShape& shape, const vision::VisionOptions& options) {
-  if (!options.device.is_cuda()) return "device";
-  if (options.dtype != at::kBFloat16) return "dtype";
-  int major = 0;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, options.device.has_index() ? options.device.index() : 0) != cudaSuccess || major != 9) {
-    return "GPU architecture";  // the kernels are sm_90a
-  }
+  if (std::string unfit = UnfitDevice(options.device, options.dtype); !unfit.empty()) return unfit;
   const contract::VisionShape& v = *shape.vision;
   if (v.hidden_act != "gelu_pytorch_tanh") return "vision_config.hidden_act";
   if (v.heads < 1 || v.hidden % v.heads != 0 || v.head_dim() % 8 != 0 || v.head_dim() > 256) return "vision_config.num_heads";

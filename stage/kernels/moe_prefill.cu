@@ -1,4 +1,5 @@
 #include "stage/kernels/common/launch.cuh"
+#include "stage/kernels/common/norm.cuh"
 #include "stage/kernels/common/ptx.cuh"
 #include "stage/kernels/common/reduce.cuh"
 #include "stage/kernels/common/route.cuh"
@@ -160,12 +161,7 @@ __global__ void __launch_bounds__(kCombineThreads) CombineKernel(MoeShapeArgs sh
     const uint4 added = make_uint4(PackBf16(sum[0], sum[1]), PackBf16(sum[2], sum[3]), PackBf16(sum[4], sum[5]), PackBf16(sum[6], sum[7]));
     kept[j] = AddBf16(LoadActivation(reinterpret_cast<const uint4*>(residual) + token * vectors + i), added);
     reinterpret_cast<uint4*>(y)[token * vectors + i] = kept[j];
-    const uint32_t words[4] = {kept[j].x, kept[j].y, kept[j].z, kept[j].w};
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const float2 f = UnpackBf16(words[w]);
-      squares += f.x * f.x + f.y * f.y;
-    }
+    AddSquares(squares, kept[j]);
   }
   if (norm.weight == nullptr) return;
   const float scale = rsqrtf(BlockSum<kCombineThreads / 32>(squares, scratch) / shape.hidden + norm.eps);
@@ -174,14 +170,7 @@ __global__ void __launch_bounds__(kCombineThreads) CombineKernel(MoeShapeArgs sh
     const int i = j * kCombineThreads + static_cast<int>(threadIdx.x);
     if (i >= vectors) continue;
     const uint4 weights = __ldg(reinterpret_cast<const uint4*>(norm.weight) + i);
-    const uint32_t words[4] = {kept[j].x, kept[j].y, kept[j].z, kept[j].w}, ws[4] = {weights.x, weights.y, weights.z, weights.w};
-    uint32_t result[4];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const float2 f = UnpackBf16(words[w]), n = UnpackBf16(ws[w]);
-      result[w] = PackBf16(RoundBf16(f.x * scale) * n.x, RoundBf16(f.y * scale) * n.y);
-    }
-    reinterpret_cast<uint4*>(norm.y)[token * vectors + i] = make_uint4(result[0], result[1], result[2], result[3]);
+    reinterpret_cast<uint4*>(norm.y)[token * vectors + i] = NormedBf16(kept[j], scale, weights);
   }
 }
 

@@ -1,5 +1,5 @@
 #include "stage/kernels/common/launch.cuh"
-#include "stage/kernels/common/ptx.cuh"
+#include "stage/kernels/common/norm.cuh"
 #include "stage/kernels/common/reduce.cuh"
 #include "stage/kernels/rms_norm.h"
 
@@ -38,28 +38,12 @@ __global__ void __launch_bounds__(kWarps * 32) RmsNormKernel(const RmsNormArgs a
     }
   }
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const uint32_t words[4] = {kept[i].x, kept[i].y, kept[i].z, kept[i].w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float2 f = UnpackBf16(words[j]);
-      sum += f.x * f.x + f.y * f.y;
-    }
-  }
+  for (int i = 0; i < kVectors; ++i) AddSquares(sum, kept[i]);
   const float scale = rsqrtf(BlockSum<kWarps>(sum, scratch) / args.hidden + args.eps);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int v = i * kWarps * 32 + threadIdx.x;
-    if (v >= vectors) continue;
-    const uint32_t words[4] = {kept[i].x, kept[i].y, kept[i].z, kept[i].w};
-    const uint32_t weights[4] = {weight[i].x, weight[i].y, weight[i].z, weight[i].w};
-    uint32_t result[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float2 f = UnpackBf16(words[j]), w = UnpackBf16(weights[j]);
-      result[j] = PackBf16(RoundBf16(f.x * scale) * w.x, RoundBf16(f.y * scale) * w.y);
-    }
-    to[v] = make_uint4(result[0], result[1], result[2], result[3]);
+    if (v < vectors) to[v] = NormedBf16(kept[i], scale, weight[i]);
   }
 }
 

@@ -79,7 +79,7 @@ Result<TensorMap> LoadTensors(Checkpoint& checkpoint, const contract::ModelShape
   c10::InferenceMode inference;
   ASSIGN_OR_RETURN(const StageTensors found, checkpoint.ResolveStage(shape, options.spec));
   RETURN_IF_ERROR(found.report.ToStatus());
-  if (options.method != LoadMethod::kPlain) {
+  if (options.method == LoadMethod::kOverlapped) {
     return StreamTensors(checkpoint, shape, found, options);
   }
   return Guarded("loading weights", [&]() -> Result<TensorMap> {
