@@ -285,7 +285,15 @@ Result<std::unique_ptr<StageCompute>> LoadModelCompute(weights::Checkpoint* chec
     const vision::TowerFactory* tower = device.is_cuda() && options.backend != "reference" ? OpenFused<vision::TowerFactory>("qwen_fused_vision") : nullptr;
     model_options.vision = vision::MakeEncoderFactory(shape, {.device = device, .dtype = dtype}, tower != nullptr ? *tower : vision::TowerFactory());
   }
-  ASSIGN_OR_RETURN(auto model, MakeModel(checkpoint, shape, options, model_options, progress));
+  Result<std::unique_ptr<model::StageModel>> made = MakeModel(checkpoint, shape, options, model_options, progress);
+  if (!made.ok() && keep_fp8 && options.fp8 == "auto" && made.status().code() == StatusCode::kFailedPrecondition) {
+    // Only the tensors show that some layers are not in FP8, which the kernels do not mix.
+    log::Warning("FP8 weights are multiplied out", {{"reason", made.status().message()}});
+    ModelComputeOptions expanded = options;
+    expanded.fp8 = "expand";
+    return LoadModelCompute(checkpoint, shape, expanded, progress);
+  }
+  ASSIGN_OR_RETURN(auto model, std::move(made));
   if (device.is_cuda()) log::Info("backend", {{"stage", options.stage}, {"backend", model->fused() ? "fused" : "reference"}});
   const transport::StageCapacity capacity{.block_tokens = options.block_tokens,
                                           .block_count = sizing.blocks,
