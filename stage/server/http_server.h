@@ -49,7 +49,8 @@ class HttpServer {
 
   uint16_t port() const;
   int connections() const;
-  // Closes the listening socket and idle connections; those that are being answered end with "Connection: close".
+  // Closes the listening socket and idle connections, both a moment later on the server's threads; those that are being
+  // answered end with "Connection: close".
   void StopAccepting();
 
  private:

@@ -171,7 +171,7 @@ def crash_loop(world):
             took(world, "a stage is killed: it is made again", NAMED_S, lambda: said.pod(NS, "digits", ended_with(137), since),
                  lambda: said.pods_made(NS, ["digits-0-stage-1-2"], since), lambda: world.living(NS, "digits"))
     named(world, "killed again", NS, "digits", "CrashLoop", r"pod digits-0-stage-1-2 ended: exit code 137", lambda p: epoch_of(2)(p) and ended_with(137)(p), since)
-    world.within("after its back-off it serves again", SOON_S, lambda: world.ready(NS, "digits") and world.epoch(NS, "digits") == 3, lambda: world.condition(NS, "digits"))
+    world.within("after its back-off it serves again", SOON_S, lambda: world.ready(NS, "digits", 2) and world.epoch(NS, "digits") == 3, lambda: world.condition(NS, "digits"))
     world.answers("with right answers", NS, "digits")
     row = world.kubectl("-n", NS, "get", "qp", "digits", "--no-headers").stdout.split()
     world.check("kubectl get qp counts two restarts", "2" in row, row)

@@ -83,9 +83,9 @@ def names(checks, a, kubectl):
     def running():
         status = json.loads(kubectl("get", "pod", "never", "-o", "json"))["status"]
         return status.get("podIP") if status.get("phase") == "Running" else None
-    checks.within("a pod runs on a node", 30, running)
+    checks.within("a pod runs on a node", 60, running)
     address = running()
-    checks.within("a headless name is its pod's address, ready or not where that is published", 10, lambda: resolve("all.default") == (0, [address]), lambda: resolve("all.default"))
+    checks.within("a headless name is its pod's address, ready or not where that is published", 60, lambda: resolve("all.default") == (0, [address]), lambda: resolve("all.default"))
     checks.that("so is the pod's own name under it, over TCP as well", resolve("never.all.default") == (0, [address]) == resolve("never.all.default", tcp=True), resolve("never.all.default"))
     checks.that("where only ready pods count the name exists and has no address", resolve("ready.default") == (0, []), resolve("ready.default"))
     checks.that("another's cluster IP is its address", resolve("one.default") == (0, ["10.96.7.7"]), resolve("one.default"))
@@ -93,7 +93,7 @@ def names(checks, a, kubectl):
     absent = [resolve(name) for name in ("nobody.all.default", "all.elsewhere", "never.one.default", "a.b.c.d")]
     checks.that("what does not exist is said not to", absent == [(NO_SUCH_NAME, [])] * 4, absent)
     kubectl("delete", "pod", "never", "--now")
-    checks.within("a pod that is gone has no name any more", 10, lambda: resolve("never.all.default") == (NO_SUCH_NAME, []), lambda: resolve("never.all.default"))
+    checks.within("a pod that is gone has no name any more", 60, lambda: resolve("never.all.default") == (NO_SUCH_NAME, []), lambda: resolve("never.all.default"))
 
 
 def walls(checks, a, b):
@@ -140,7 +140,7 @@ def main():
         finally:
             for where in ("a", "b"):
                 kube.Cluster(f"{folder}/{where}").stop()
-        checks.within("stopped: no process, cgroup, mount or file is left", 10, lambda: not traces(folder), lambda: traces(folder))
+        checks.within("stopped: no process, cgroup, mount or file is left", 60, lambda: not traces(folder), lambda: traces(folder))
     print(f"{checks.passed} passed, {checks.failed} failed")
     return 1 if checks.failed else 0
 

@@ -218,10 +218,11 @@ class World:
         conditions = self.pipeline(namespace, name).get("status", {}).get("conditions", [])
         return next((c for c in conditions if c["type"] == kind), {"status": "", "reason": "", "message": ""})
 
-    def ready(self, namespace, name):
+    def ready(self, namespace, name, after_epoch=-1):
+        """It serves what its newest spec says, under a higher epoch than `after_epoch`: all read at once, since two reads may meet two states."""
         now = self.pipeline(namespace, name)
         good = any(c["type"] == "Ready" and c["status"] == "True" for c in now["status"]["conditions"])
-        return good and now["status"]["observedGeneration"] == now["metadata"]["generation"]
+        return good and now["status"]["observedGeneration"] == now["metadata"]["generation"] and now["status"].get("epoch", 0) > after_epoch
 
     def pods(self, namespace, name):
         listed = self.call(f"/api/v1/namespaces/{namespace}/pods?labelSelector=qwenpipeline.dev/pipeline%3D{name}")["items"]

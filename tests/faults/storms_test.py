@@ -190,7 +190,7 @@ class Silence:
         threading.Thread(target=self.look, daemon=True).start()
 
     def look(self):
-        while not self.world.holds(lambda: self.world.ready(SILENT, "still") and self.world.epoch(SILENT, "still") == 2 and len(self.world.pods(SILENT, "still")) == 3):
+        while not self.world.holds(lambda: self.world.ready(SILENT, "still", 1) and self.world.epoch(SILENT, "still") == 2 and len(self.world.pods(SILENT, "still")) == 3):
             time.sleep(0.5)
         self.took = time.monotonic() - self.since
 

@@ -308,7 +308,14 @@ TEST(Http, StopsAcceptingButFinishesWhatRuns) {
   stream.Take()->Finish();
   EXPECT_EQ(busy.Read().body, "end");
   EXPECT_EQ(busy.ReadSome(), "");
-  EXPECT_THROW(served.Connect(), std::exception);
+  EXPECT_TRUE(Eventually([&] {
+    try {
+      served.Connect();
+      return false;
+    } catch (const std::exception&) {
+      return true;
+    }
+  })) << "the listening socket is closed by a thread of the server's own";
 }
 
 }  // namespace
