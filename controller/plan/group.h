@@ -29,7 +29,7 @@ namespace qwen::plan {
 inline constexpr int32_t kBackoffSecondsMax = 300;
 inline constexpr int32_t kStableSeconds = 600;      // ready for so long after a failure: failures begin at 0 again
 inline constexpr int32_t kUnreadySecondsMin = 60;   // a pod that served and is not ready for so long (or six stall time-outs) hangs
-inline constexpr int32_t kTellSeconds = 2;          // a deletion that is over sooner is not written into a status that goes with it
+inline constexpr int32_t kTellSeconds = 4;          // a deletion that is over sooner is not written into a status that goes with it
 inline constexpr int32_t kOverdueSeconds = 30;      // a deleted head that is still there so long after its grace has a dead node
 
 // An exit code of a head or stage after which another try would end the same: only another spec or checkpoint helps.
@@ -77,7 +77,7 @@ struct GroupPlan {
   bool restarted = false;                  // because of a failure, as a whole or in part
   bool mended = false;                     // in part
   bool ready = false;                      // serves, under the wanted revision
-  bool draining = false;                   // a head finishes its requests
+  bool draining = false;                   // a head finishes its requests, or is told to
   int32_t heads_ready = 0, stages_ready = 0;
   std::optional<Blocker> blocker;          // why it does not serve
   std::string failure;                     // a failure that was noticed just now; empty: none

@@ -29,7 +29,8 @@ struct ObservedPod {
   bool ready = false;
   int64_t started_seconds = 0;        // its container; 0: it does not run
   bool deleting = false;
-  int64_t gone_by_seconds = 0;  // when deleting: the end of its grace period
+  int64_t deleting_since_seconds = 0;  // when deleting
+  int64_t gone_by_seconds = 0;         // when deleting: the end of its grace period
   bool unschedulable = false;
   std::string waiting_reason;   // of its container, in the kubelet's words: "ImagePullBackOff"; empty: it does not wait
   std::string message;          // the scheduler's or the kubelet's, for people

@@ -66,7 +66,8 @@ void Remove(const GroupPlan& group, Actions& actions) {
 }
 
 // Each group as on a scale down: its head finishes its requests, then its stages go. Services, Secret and the rest stay until then,
-// and Kubernetes deletes them with the pipeline. Without the finalizer that already happens.
+// and Kubernetes deletes them with the pipeline. Without the finalizer that already happens. The disruption budget goes with the
+// stages: nothing serves any more that it could protect, and Kubernetes would count in its status how one pod after the other goes.
 Actions Retire(const Observed& observed, int64_t now_seconds) {
   Actions actions;
   actions.status = observed.previous;
@@ -86,15 +87,20 @@ Actions Retire(const Observed& observed, int64_t now_seconds) {
   }
   actions.remove_finalizer = empty;
   if (empty) return actions;
+  if (!draining)
+    for (const auto& [name, fingerprint] : observed.children)
+      if (name.starts_with("PodDisruptionBudget/")) actions.delete_children.push_back(name);
   // Told of a refusal, of a head that takes its time and of pods that outstay their grace: the rest is over before anybody reads it.
   bool tell = !observed.write_error.empty();
   const auto tell_from = [&](int64_t at_seconds) {
     tell |= now_seconds >= at_seconds;
     if (now_seconds < at_seconds) Wake(at_seconds, actions);
   };
-  if (draining) tell_from(observed.deleting_since_seconds + kTellSeconds);
-  for (const ObservedPod& pod : observed.pods)
-    if (pod.deleting && !draining) tell_from(pod.gone_by_seconds + 1);
+  for (const ObservedPod& pod : observed.pods) {
+    if (!pod.deleting) continue;
+    if (draining && pod.stage < 0) tell_from(pod.deleting_since_seconds + kTellSeconds);
+    if (!draining) tell_from(pod.gone_by_seconds + 1);
+  }
   if (!tell) return actions;
   // When it says something new; that one pod after the other is gone need not be written for every pod.
   api::PipelineStatus status = MakeStatus(observed, groups, "", now_seconds);

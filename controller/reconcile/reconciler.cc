@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <functional>
 #include <random>
+#include <utility>
 
 #include "controller/kube/time_text.h"
 #include "stage/base/log.h"
@@ -110,6 +111,14 @@ Reconciler::Reconciler(kube::Transport& transport, kube::Client& client, kube::E
     }});
   };
   watch_children(pods_);
+  pods_.informer.AddHandler({.on_change = [this](const auto& old, const auto& now, bool) {
+    const auto leaves = [](const auto& pod) { return pod != nullptr && pod->meta.deleting; };
+    if (now == nullptr) last_left_micros_ = clock_.NowMicros();
+    const int64_t left = leaving_ += leaves(now) - leaves(old);
+    if (left != kFewLeaving || leaves(now)) return;
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (const ObjectKey& key : std::exchange(waiting_to_tidy_, {})) controller_.queue().Add(key, kube::Priority::kLow);
+  }});
   watch_children(services_);
   watch_children(policies_);
   watch_children(budgets_);
@@ -267,6 +276,7 @@ Result<kube::Requeue> Reconciler::Reconcile(const ObjectKey& key) {
     ForEachStore([&](auto& store) { store.expectations.Forget(key); });
     loads_.Follow(key, {});
     std::lock_guard<std::mutex> lock(mutex_);
+    waiting_to_tidy_.erase(key);
     refusals_.erase(key);
     pod_groups_.erase(key);
     revisions_.erase(key);
@@ -317,7 +327,8 @@ Result<kube::Requeue> Reconciler::Act(const PipelineView& view, const ObjectKey&
   std::string refusal;
   Status error;
   if (!actions.add_finalizer || WriteFinalizer(view, key, true, newest, &refusal, &error)) WriteAll(view, key, actions, &refusal, &error);
-  if (actions.remove_finalizer) WriteFinalizer(view, key, false, newest, &refusal, &error);
+  const bool later = actions.remove_finalizer && OthersGoFirst(key, observed);
+  if (actions.remove_finalizer && !later) WriteFinalizer(view, key, false, newest, &refusal, &error);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     std::string& known = refusals_[key];
@@ -328,9 +339,20 @@ Result<kube::Requeue> Reconciler::Act(const PipelineView& view, const ObjectKey&
   }
   if (!error.ok()) return error;
   if (!refusal.empty()) return kube::Requeue{kRefusedRetryMicros};
+  if (later) return kube::Requeue{1'000'000};
   if (!actions.wake_seconds) return kube::Requeue{};
   const int64_t wait = *actions.wake_seconds * 1'000'000 - kube::UnixMicros();
   return kube::Requeue{std::max<int64_t>(wait, 0) + 1000};
+}
+
+// A pipeline's object takes some twenty requests of the garbage collector with it. Where many pipelines are deleted at once these
+// would take the API server's time from the pods that still hold GPUs. Only while pods really go: one that is stuck delays nobody.
+bool Reconciler::OthersGoFirst(const ObjectKey& key, const plan::Observed& observed) {
+  const auto busy = [this] { return leaving_ > kFewLeaving && clock_.NowMicros() - last_left_micros_ < 1'000'000; };
+  if (!busy() || kube::UnixMicros() / 1'000'000 > observed.deleting_since_seconds + kTidyWaitSeconds) return false;
+  std::lock_guard<std::mutex> lock(mutex_);
+  waiting_to_tidy_.insert(key);
+  return true;
 }
 
 Reconciler::Children<ChildView>& Reconciler::OfKind(const std::string& child_name) {

@@ -28,6 +28,8 @@ namespace qwen::reconcile {
 class Reconciler {
  public:
   static constexpr int64_t kRefusedRetryMicros = 10'000'000;
+  // A pipeline without pods keeps its object while pods of others go in numbers (OthersGoFirst), but never longer than this.
+  static constexpr int64_t kFewLeaving = 8, kTidyWaitSeconds = 30;
   struct Options {
     std::string namespace_name;  // empty: all namespaces
     plan::Images images;
@@ -64,6 +66,7 @@ class Reconciler {
   template <typename Each>
   void ForEachStore(const Each& each);  // of pipelines and what they own
   bool WriteFinalizer(const PipelineView& view, const kube::ObjectKey& key, bool present, const kube::Json& newest, std::string* refusal, Status* error);
+  bool OthersGoFirst(const kube::ObjectKey& key, const plan::Observed& observed);
   void ApplyPodGroups(const kube::ObjectKey& key, const std::vector<kube::Json>& groups, std::string* refusal, Status* error);
   // Of what does not depend on another of them: what is deleted, the Secret, the other children, claims and Jobs.
   void WriteChildren(const PipelineView& view, const kube::ObjectKey& key, const plan::Actions& actions, std::string* refusal, Status* error);
@@ -95,6 +98,9 @@ class Reconciler {
   Children<SecretView> secrets_;
   kube::Informer<NodeView> nodes_;
   std::atomic<int64_t> fine_nodes_{0};
+  std::atomic<int64_t> leaving_{0};             // pods that are being deleted
+  std::atomic<int64_t> last_left_micros_{0};    // when the last one of them was gone
+  std::set<kube::ObjectKey> waiting_to_tidy_;   // guarded by mutex_; OthersGoFirst said so
   LoadWatch loads_;
 };
 

@@ -90,6 +90,8 @@ PodView DecodePod(const Json& object) {
   pod.node = StringAt(object, "/spec/nodeName");
   view.ip = StringAt(object, "/status/podIP");
   pod.gone_by_seconds = Seconds(StringAt(object, "/metadata/deletionTimestamp"));
+  const Json* grace = FindAt(object, "/metadata/deletionGracePeriodSeconds");
+  pod.deleting_since_seconds = pod.gone_by_seconds - (grace != nullptr && grace->is_number_integer() ? grace->get<int64_t>() : 0);
   const std::string phase = StringAt(object, "/status/phase");
   pod.phase = phase == "Running" ? plan::PodPhase::kRunning : phase == "Failed" || phase == "Succeeded" ? plan::PodPhase::kEnded : plan::PodPhase::kPending;
   ReadConditions(object, pod);

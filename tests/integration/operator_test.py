@@ -425,10 +425,20 @@ class Suite:
         head, stage = self.names("even")
         self.remove("even")
         self.within("a deleted pipeline: its head is told to end", 5, lambda: self.names("even") == [stage], lambda: self.names("even"))
-        self.within("and the condition says what it waits for", 5, lambda: self.condition("even")["reason"] == "Deleting" and
+        self.within("and the condition says what it waits for", 15, lambda: self.condition("even")["reason"] == "Deleting" and
                     self.condition("even")["message"] == f"pod {head} finishes its requests", lambda: self.condition("even"))
         time.sleep(1)
         self.check("the stage stays until the head is gone", self.names("even") == [stage] and "even" in self.left("even"), self.names("even"))
+        # A pipeline whose pods are gone waits for those of others only while these really go.
+        path, model = "/api/v1/namespaces/default/pods", self.pods("even")[stage]
+        for i in range(10):
+            self.must("POST", path, {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": f"stuck-{i}", "labels": {"qwenpipeline.dev/pipeline": "nobody"}},
+                                     "spec": {"nodeName": model["spec"]["nodeName"], "containers": [{"name": "c", "image": "c"}]}})
+            self.must("DELETE", f"{path}/stuck-{i}")
+        self.make("idle", 1, suspend=True)
+        self.within("a suspended pipeline has its finalizer", 10, lambda: self.pipeline("idle")["metadata"].get("finalizers"))
+        self.remove("idle")
+        self.within("ten pods that are stuck do not keep it from going", 10, lambda: self.pipeline("idle").get("code") == 404, lambda: self.pipeline("idle"))
         self.cluster.signal("fakelet", signal.SIGCONT)
         self.within("then everything goes, the pipeline last", 30, lambda: not self.left("even") and self.pipeline("even").get("code") == 404, lambda: self.left("even"))
 

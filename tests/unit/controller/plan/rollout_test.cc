@@ -89,8 +89,9 @@ TEST(Deletion, DrainsEveryHeadThenTheStagesGoThenTheFinalizer) {
   EXPECT_EQ(heads.delete_pods[0].name, "q-0-head-1");
   EXPECT_EQ(heads.delete_pods[1].name, "q-1-head-2");
   EXPECT_EQ(world.ReadyReason(), "AllReplicasReady") << "a deletion that is over at once is not told of";
-  EXPECT_EQ(heads.wake_seconds, world.now + 2);
-  world.now += 2;
+  EXPECT_EQ(world.Settle().wake_seconds, world.now + 4);
+  EXPECT_EQ(world.ReadyReason(), "AllReplicasReady");
+  world.now += 4;
   world.Step();
   EXPECT_EQ(world.ReadyReason(), "Deleting");
   EXPECT_EQ(world.ReadyMessage(), "pod q-0-head-1 finishes its requests");
@@ -100,8 +101,10 @@ TEST(Deletion, DrainsEveryHeadThenTheStagesGoThenTheFinalizer) {
   world.Lose("q-1-head-2");  // done first
   world.Settle();
   EXPECT_EQ(world.Pods(), "q-0-stage-0-1 q-0-stage-1-1");
+  EXPECT_TRUE(world.observed.children.contains("PodDisruptionBudget/q")) << "one head still serves";
   world.KubeletRuns();
   EXPECT_EQ(world.Settle().wake_seconds, world.now + 76) << "the end of their grace";
+  EXPECT_FALSE(world.observed.children.contains("PodDisruptionBudget/q")) << "nothing to protect";
   EXPECT_TRUE(world.observed.has_finalizer) << "stages are not gone yet";
   EXPECT_EQ(world.ReadyMessage(), "pod q-0-head-1 finishes its requests");
   world.now += 76;

@@ -52,6 +52,7 @@ class World {
         continue;
       }
       pod.deleting = true;
+      pod.deleting_since_seconds = now;
       pod.gone_by_seconds = now + 75;
     }
     for (const auto& pod : actions.create_pods) {

@@ -75,10 +75,12 @@ TEST(Views, WhyAPodDoesNotRunIsRead) {
 TEST(Views, APodThatIsBeingDeletedKnowsUntilWhen) {
   Json pod = Pod({{"phase", "Running"}});
   pod["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:10Z";
+  pod["metadata"]["deletionGracePeriodSeconds"] = 10;
   pod["spec"]["nodeName"] = "n7";
   EXPECT_EQ(DecodePod(pod).pod.node, "n7");
   EXPECT_TRUE(DecodePod(pod).pod.deleting);
   EXPECT_EQ(DecodePod(pod).pod.gone_by_seconds, 1767225610);
+  EXPECT_EQ(DecodePod(pod).pod.deleting_since_seconds, 1767225600);
 }
 
 TEST(Views, ASidecarsSuccessDoesNotHideAFailure) {
