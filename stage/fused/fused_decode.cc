@@ -89,7 +89,9 @@ void FusedStage::PlanDecodeLayers() {
   const size_t size = kept ? fp8.size() * sizeof(fp8[0]) : pointers.size() * sizeof(pointers[0]);
   const void* table = kept ? static_cast<const void*>(fp8.data()) : pointers.data();
   layer_pointers_ = at::empty({static_cast<int64_t>(size)}, bytes);
-  Must(cudaMemcpy(layer_pointers_.data_ptr(), table, size, cudaMemcpyHostToDevice), "layer pointers");
+  // In the order of our stream: the memory may be what a temporary of the loading had, and work on that is perhaps still to come.
+  Must(cudaMemcpyAsync(layer_pointers_.data_ptr(), table, size, cudaMemcpyHostToDevice, stream_), "layer pointers");
+  Must(cudaStreamSynchronize(stream_), "layer pointers");  // `table` ends with this function
   layers_workspace_ = at::zeros({static_cast<int64_t>(kernels::DecodeLayersWorkspace(DecodeShape(shape_)))}, bytes);
 }
 

@@ -171,6 +171,7 @@ FusedStage::FusedStage(const contract::ModelShape& shape, const model::StageMode
   AllocateDecode();
   PlanDecodeLayers();
   PlanCudnn(options.max_batch_tokens);
+  Must(cudaStreamSynchronize(stream_), "loading");  // what was merged or padded above came from tensors that others may free now
 }
 
 FusedStage::~FusedStage() {
