@@ -88,8 +88,7 @@ class Faults:
         """No request is lost or answered otherwise, and nobody else's weights are."""
         world, epoch, before = self.world, self.world.epoch(NS, NAME), self.uids()
         files, tokens = [file for file, _ in pictures()[:3]], 700
-        # Ready is the pipeline's word; the nodes' proxies learn of the head a moment later.
-        world.within("the Service leads to the head", 60, lambda: world.ask(NS, NAME, files[0]))
+        world.answers("the Service leads to the head", NS, NAME, 1)  # which waits for the nodes' proxies; a stream does not
         undisturbed = [stream(world, file, tokens).text() for file in files]
         world.check("three streams, undisturbed", all(len(text) > 100 and "broken off" not in text for text in undisturbed), undisturbed)
         streams = [stream(world, file, tokens) for file in files]
