@@ -348,8 +348,8 @@ Result<kube::Requeue> Reconciler::Act(const PipelineView& view, const ObjectKey&
 // A pipeline's object takes some twenty requests of the garbage collector with it. Where many pipelines are deleted at once these
 // would take the API server's time from the pods that still hold GPUs. Only while pods really go: one that is stuck delays nobody.
 bool Reconciler::OthersGoFirst(const ObjectKey& key, const plan::Observed& observed) {
-  const auto busy = [this] { return leaving_ > kFewLeaving && clock_.NowMicros() - last_left_micros_ < 1'000'000; };
-  if (!busy() || kube::UnixMicros() / 1'000'000 > observed.deleting_since_seconds + kTidyWaitSeconds) return false;
+  const bool busy = leaving_ > kFewLeaving && clock_.NowMicros() - last_left_micros_ < 1'000'000;
+  if (!busy || kube::UnixMicros() / 1'000'000 > observed.deleting_since_seconds + kTidyWaitSeconds) return false;
   std::lock_guard<std::mutex> lock(mutex_);
   waiting_to_tidy_.insert(key);
   return true;

@@ -28,7 +28,8 @@ namespace qwen::reconcile {
 class Reconciler {
  public:
   static constexpr int64_t kRefusedRetryMicros = 10'000'000;
-  // A pipeline without pods keeps its object while pods of others go in numbers (OthersGoFirst), but never longer than this.
+  // A pipeline without pods keeps its object while more than kFewLeaving pods of others are going (OthersGoFirst), but never longer
+  // than kTidyWaitSeconds after it was deleted.
   static constexpr int64_t kFewLeaving = 8, kTidyWaitSeconds = 30;
   struct Options {
     std::string namespace_name;  // empty: all namespaces
